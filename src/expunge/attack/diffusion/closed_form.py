@@ -1,0 +1,158 @@
+"""The closed-form attack: feed the embedding that gives back the concept's original keys and values.
+
+RECE's derivation turned against an edited model: for every row c of a prompt's text embedding, the
+row c' whose keys and values in the attacked model best equal those of c in the original one,
+
+    c' = argmin sum_l ||W_l c' - O_l c||^2    subject to  ||c'|| <= budget ||c||
+
+(source: arXiv 2407.12383; the norm budget replaces its fixed penalty).  Without a budget the attack
+always "succeeds", because an edit is invertible: only the norm of c' grows.  The Lagrangian of the
+constraint is the ridge solution ``(r I + G)^{-1} H c`` with ``G = sum W_l^T W_l``,
+``H = sum W_l^T O_l`` and its own r for each row, found by bisection.
+
+It is a white-box attack on embeddings: it needs the attacked and the original matrices, ends in no
+text, and bypasses the text encoder (c is the original encoder's).  It teaches nothing: no weight moves
+and the rows are computed from matrices alone.  On the unedited model c' is c itself, or c shrunk
+where the budget is below 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from ...concept import Concept
+from ...core.closed_form import gram
+from ...core.derivation import norm_budgeted, residuals
+from ...errors import SettingError, UnsupportedModel
+from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
+
+__all__ = ["ClosedForm"]
+
+CHUNK = 64
+"""Prompts whose rows are derived and whose pictures are made at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClosedForm(Attack):
+    """RECE's derived embedding under a norm budget; see the module for the method."""
+
+    id: ClassVar[str] = "closed-form"
+    title: ClassVar[str] = "Closed-form derived embedding (RECE) under a norm budget"
+    source: ClassVar[str] = "arXiv 2407.12383"
+    version: ClassVar[int] = 1
+    families: ClassVar[tuple[str, ...]] = ("diffusion",)
+    teaches: ClassVar[bool] = False
+
+    norm_budget: float = setting(
+        2.0, "Allowed norm of a derived row, in norms of the prompt's row", minimum=1e-6
+    )
+    steps: int = setting(20, "Sampling steps of each picture", minimum=1)
+    guidance: float | None = setting(
+        None, "Classifier-free guidance; none: the model's own", minimum=0
+    )
+
+    def attack(
+        self,
+        model: Any,
+        concept: Concept,
+        judge: Judge,
+        budget: Budget,
+        *,
+        prompts: Sequence[Prompt],
+        reference: Any = None,
+        seed: int = 0,
+    ) -> Attempts:
+        """Two pictures a prompt: the plain one and the one from derived rows.
+
+        ``reference`` gives the original matrices and text embeddings; without it the attacked model
+        with its edits lifted does.  See :meth:`expunge.method.Attack.attack`.
+        """
+        model.check_family(self)
+        self._check(budget)
+        before = model.cost.snapshot()
+        listed = list(prompts)
+        grams = _grams(model, reference if reference is not None else model)
+        items: list[Attempt] = []
+        shown: list[np.ndarray] = []
+        for start in range(0, len(listed), CHUNK):
+            part = listed[start : start + CHUNK]
+            condition, ridges, left = self._derived(
+                reference if reference is not None else model, model, part, grams
+            )
+            options = {"steps": self.steps, "guidance": self.guidance}
+            plain = model.generate(part, **options)
+            attacked = model.generate(part, condition=condition, **options)
+            one, two = judge.judge(plain, concept, part), judge.judge(attacked, concept, part)
+            for index, prompt in enumerate(part):
+                pre, post = bool(one.hit[index]), bool(two.hit[index])
+                use_plain = pre and not post
+                verdicts = one if use_plain else two
+                details = {
+                    "attack_hit": post,
+                    "attack_recognisable": bool(two.recognisable[index]),
+                    "ridge": float(ridges[index]),
+                    "residual": float(left[index]),
+                    "norm_budget": self.norm_budget,
+                }
+                items.append(
+                    Attempt(prompt, pre, pre or post, float(verdicts.score[index]), None, details)
+                )
+                shown.append((plain if use_plain else attacked)[index])
+        return Attempts(
+            attack=self.id, version=self.version, settings=self.settings(), teaches=self.teaches,
+            budget=budget.name, judge=judge.id, threshold=judge.threshold, seed=seed,
+            items=tuple(items), outputs=np.stack(shown) if shown else np.zeros((0, 0, 0, 3), np.uint8),
+            cost=model.cost.since(before),
+        )  # fmt: skip
+
+    def _check(self, budget: Budget) -> None:
+        branches = 1 if self.guidance == 1.0 else 2
+        needed = 2 * branches * self.steps
+        if budget.denoiser_rows is not None and needed > budget.denoiser_rows:
+            raise SettingError(
+                f"{self.id}: two pictures of {self.steps} steps take {needed} denoiser rows; budget "
+                f"{budget.name!r} allows {budget.denoiser_rows}, so at most "
+                f"{budget.denoiser_rows // (2 * branches)} steps"
+            )
+
+    def _derived(
+        self, reference: Any, model: Any, prompts: Sequence[Prompt], grams: tuple[torch.Tensor, ...]
+    ) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        """Condition of derived rows, and for each prompt the median ridge and residual of its rows."""
+        with reference.lifted() as original, torch.no_grad():
+            condition = original.encode([prompt.text for prompt in prompts])
+        embeddings = condition.embeddings
+        rows = embeddings.reshape(-1, embeddings.shape[-1])
+        edited, cross, whole = grams
+        derived, ridges = norm_budgeted(edited, cross, rows, self.norm_budget)
+        remaining = residuals(edited, cross, whole, derived, rows)
+        made = derived.reshape(embeddings.shape).to(model.device, embeddings.dtype)
+        shape = embeddings.shape[:2]
+        return (
+            dataclasses.replace(condition, embeddings=made),
+            ridges.reshape(shape).median(dim=1).values,
+            remaining.reshape(shape).median(dim=1).values,
+        )
+
+
+def _grams(model: Any, reference: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``sum W^T W``, ``sum W^T O`` and ``sum O^T O`` of attacked and original matrices."""
+    names = model.text_projections()
+    present = model.tensors()
+    attacked = {name: present[name].detach() for name in names}
+    with reference.lifted() as original:
+        theirs = original.tensors()
+        for name in names:
+            if name not in theirs or theirs[name].shape != attacked[name].shape:
+                raise UnsupportedModel(
+                    f"closed-form: the reference {original.name} has no matrix {name} of shape "
+                    f"{tuple(attacked[name].shape)}; it must be the original of the attacked model"
+                )
+        # Cloned: lifting exchanges values in place, so the same storage holds other numbers outside.
+        originals = {name: theirs[name].detach().clone() for name in names}
+    return gram(attacked), gram(attacked, originals), gram(originals)

@@ -1,0 +1,278 @@
+"""What every prompt optimiser shares: the problem, the ledger of rows, the best string so far.
+
+A search minimises ``L`` over ``n`` token places of a prompt.  Several items (prompts) advance in lock
+step: row ``b`` of a batch belongs to item ``item[b]``, so that small batches are not wasted.
+
+    Problem  what is minimised, over which tokens, and how ids become a text
+    Ledger   rows spent by each item, forward and backward counted alike
+    Search   one running search: active items, current and best strings, private generators
+    Result   the string found for one item
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ...errors import SettingError
+from ...models.base import noise_generator
+
+__all__ = ["Ledger", "Problem", "Realised", "Result", "Search", "Watch", "nearest_tokens", "project_simplex"]
+
+Realised = tuple[list[str], list[list[int]], list[bool]]
+"""Texts, their ids after tokenising again, and whether these equal the ids that were decoded."""
+
+Watch = Callable[[int, Tensor, Tensor], Tensor]
+"""``watch(step, ids (items, n), active (items,)) -> (items,)``: which items go on; called after each step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is minimised.
+
+    Attributes:
+        table: Token table ``E (V, d)``.
+        length: ``n``, searched places of each item.
+        allowed: bool ``(V,)``; ids outside never appear in a result.
+        loss: ``loss(vectors (B, n, d), item (B,)) -> (B,)``, differentiable; ``None`` for black boxes.
+        score: ``score(ids (B, n), item (B,)) -> (B,)``; ``None`` takes the loss at the rows of the table.
+        realise: ``realise(ids, item)``: decode, tokenise again; ``None`` where ids are the artefact.
+        admissible: ``admissible(ids, item) -> bool (B,)``: refuses strings whose text may not be used.
+        rescore: ``rescore(texts, item) -> (B,)``: the loss of texts as they were tokenised again.
+        items: Number of items in lock step.
+        keys: One name an item for its private randomness; default 0, 1, 2, ...
+        start: Ids ``(items, n)`` to start from; ``None`` starts as the rule does.
+        rows: Network rows one evaluation of one string costs, in one direction.
+        counted: Called with the rows of each backward pass.
+        goal: An item stops once its best loss is at most this.
+        batch: Strings scored at a time.
+    """
+
+    table: Tensor
+    length: int
+    allowed: Tensor
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    score: Callable[[Tensor, Tensor], Tensor] | None = None
+    realise: Callable[[Tensor, Tensor], Realised] | None = None
+    admissible: Callable[[Tensor, Tensor], Tensor] | None = None
+    rescore: Callable[[Sequence[str], Tensor], Tensor] | None = None
+    items: int = 1
+    keys: Sequence[str | int] | None = None
+    start: Tensor | None = None
+    rows: int = 1
+    counted: Callable[[int], None] | None = None
+    goal: float | None = None
+    batch: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.allowed.shape != self.table.shape[:1] or not bool(self.allowed.any()):
+            raise SettingError(
+                f"the mask of allowed tokens has shape {tuple(self.allowed.shape)} with "
+                f"{int(self.allowed.sum())} tokens left; {self.table.shape[0]} entries, at least one true, are needed"
+            )
+        if self.loss is None and self.score is None:
+            raise SettingError("a search needs a loss or a score; both are missing")
+        if self.length < 1:
+            raise SettingError(f"the searched string has {self.length} places; at least 1 is needed")
+        if self.start is not None and not bool(self.allowed.to(self.start.device)[self.start].all()):
+            raise SettingError("the start of a search holds a token that is not allowed")
+
+    @property
+    def tokens(self) -> Tensor:
+        """The allowed ids, ascending."""
+        return self.allowed.nonzero().flatten()
+
+    def gradient(self, vectors: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss ``(B,)`` and its gradient ``(B, n, d)``; row ``i`` belongs to searched place ``i``."""
+        if self.loss is None:
+            raise SettingError("this rule follows gradients, but the problem has only a score; use genetic or random")
+        with torch.enable_grad():
+            leaf = vectors.detach().clone().requires_grad_(True)
+            value = self.loss(leaf, item)
+            (slope,) = torch.autograd.grad(value.sum(), leaf)
+        if self.counted is not None:
+            self.counted(len(item) * self.rows)
+        return value.detach(), slope
+
+    def scores(self, ids: Tensor, item: Tensor) -> Tensor:
+        """Losses ``(B,)`` of strings, without gradients."""
+        made = []
+        with torch.no_grad():
+            for part, own in zip(ids.split(self.batch), item.split(self.batch), strict=True):
+                if self.score is not None:
+                    made.append(self.score(part, own))
+                elif self.loss is not None:
+                    made.append(self.loss(self.table[part], own))
+        return torch.cat(made) if made else torch.zeros(0)
+
+    def usable(self, ids: Tensor, item: Tensor) -> Tensor:
+        """bool ``(B,)``: the text of the string may be used."""
+        if self.admissible is None or not len(ids):
+            return torch.ones(len(ids), dtype=torch.bool)
+        return self.admissible(ids, item)
+
+
+class Ledger:
+    """Rows spent by each item; the one unit in which attacks are compared."""
+
+    def __init__(self, items: int = 1, limit: int | None = None) -> None:
+        self.spent = torch.zeros(items, dtype=torch.long)
+        self.limit = limit
+
+    def spend(self, item: Tensor | Sequence[int], rows: int = 1) -> None:
+        """``rows`` rows for each entry of ``item`` (an item may occur several times)."""
+        index = torch.as_tensor(item, dtype=torch.long).cpu()
+        self.spent.index_add_(0, index, torch.full_like(index, rows))
+
+    def affords(self, rows: int) -> Tensor:
+        """bool ``(items,)``: the item can still pay ``rows`` rows."""
+        if self.limit is None:
+            return torch.ones(len(self.spent), dtype=torch.bool)
+        return self.spent + rows <= self.limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The string found for one item.
+
+    Attributes:
+        ids: ``(n,)`` token ids.
+        vectors: ``(n, d)``: rows of the table, or the free vectors of a soft search.
+        text: The decoded text, ``None`` where the problem has no texts.
+        retokenised: The ids of that text (of the whole realised prompt).
+        realisable: The text tokenises to the ids that were searched.
+        loss: Loss of ``ids`` (of ``vectors`` in a soft search).
+        realised_loss: Loss of the text as tokenised again, if it can be scored.
+        admissible: No forbidden word stands in the text.
+        trace: ``(rows spent, best loss)`` at each improvement.
+        evaluations: Rows spent, forward and backward counted alike.
+    """
+
+    ids: Tensor
+    vectors: Tensor
+    text: str | None
+    retokenised: tuple[int, ...] | None
+    realisable: bool
+    loss: float
+    realised_loss: float | None
+    admissible: bool
+    trace: tuple[tuple[int, float], ...]
+    evaluations: int
+
+
+class Search:
+    """One running search over all items.
+
+    Attributes:
+        active: bool ``(items,)``: still searching.
+        current: Ids ``(items, n)`` the rule stands at.
+        loss: Best admissible loss of each item so far; ``ids`` and ``vectors`` go with it.
+    """
+
+    def __init__(self, problem: Problem, ledger: Ledger, seed: int, purpose: str) -> None:
+        items, places = problem.items, problem.length
+        self.problem, self.ledger = problem, ledger
+        keys = range(items) if problem.keys is None else problem.keys
+        self.generators = [noise_generator(seed, f"prompt search {purpose}", key) for key in keys]
+        self.active = torch.ones(items, dtype=torch.bool)
+        self.loss = torch.full((items,), float("inf"))
+        self.current = self.draw(torch.arange(items)) if problem.start is None else problem.start.clone()
+        self.ids, self.vectors = self.current.clone(), problem.table[self.current]
+        self.traces: list[list[tuple[int, float]]] = [[] for _ in range(items)]
+        self.places = places
+
+    @property
+    def item(self) -> Tensor:
+        """Indices of the active items."""
+        return self.active.nonzero().flatten()
+
+    def draw(self, item: Tensor) -> Tensor:
+        """One uniform string of allowed tokens for each entry of ``item``, from the item's generator."""
+        tokens, places = self.problem.tokens, self.problem.length
+        rows = [torch.randint(len(tokens), (places,), generator=self.generators[int(i)]) for i in item]
+        return tokens[torch.stack(rows)] if rows else torch.zeros((0, places), dtype=torch.long)
+
+    def draw_usable(self, item: Tensor, tries: int = 20) -> Tensor:
+        """As :meth:`draw`, drawing again where the text may not be used (up to ``tries`` times)."""
+        ids = self.draw(item)
+        for _ in range(tries):
+            bad = (~self.problem.usable(ids, item)).nonzero().flatten()
+            if not len(bad):
+                break
+            ids[bad] = self.draw(item[bad])
+        return ids
+
+    def descend(self, vectors: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and gradient, paid for: one forward and one backward pass."""
+        self.ledger.spend(item, 2 * self.problem.rows)
+        return self.problem.gradient(vectors, item)
+
+    def evaluate(self, ids: Tensor, item: Tensor) -> Tensor:
+        """Scores of strings, paid for and offered as best; inadmissible ones cost nothing and get infinity."""
+        good = self.problem.usable(ids, item)
+        losses = torch.full((len(ids),), float("inf"))
+        if bool(good.any()):
+            self.ledger.spend(item[good], self.problem.rows)
+            losses[good] = self.problem.scores(ids[good], item[good]).float().cpu()
+            self.offer(ids[good], losses[good], item[good])
+        return losses
+
+    def offer(self, ids: Tensor, losses: Tensor, item: Tensor, vectors: Tensor | None = None) -> None:
+        """Keep the best string of each item."""
+        losses = losses.float().cpu()
+        low = torch.full((self.problem.items,), float("inf")).scatter_reduce(0, item, losses, "amin")
+        place = torch.arange(len(item))
+        chosen = losses <= low[item]
+        first = torch.full((self.problem.items,), len(item)).scatter_reduce(0, item[chosen], place[chosen], "amin")
+        better = ((low < self.loss) & (first < len(item))).nonzero().flatten()
+        for i in better.tolist():
+            self.loss[i], self.ids[i] = low[i], ids[first[i]]
+            self.vectors[i] = self.problem.table[self.ids[i]] if vectors is None else vectors[first[i]].detach()
+            self.traces[i].append((int(self.ledger.spent[i]), float(low[i])))
+
+    def results(self, soft: bool = False) -> list[Result]:
+        """The answer of each item, decoded, tokenised again and scored again."""
+        problem, everyone = self.problem, torch.arange(self.problem.items)
+        texts: Sequence[str | None] = [None] * problem.items
+        again: Sequence[list[int] | None] = [None] * problem.items
+        same = [not soft] * problem.items
+        rescored: Sequence[float | None] = [None] * problem.items
+        if problem.realise is not None:
+            made = problem.realise(self.ids, everyone)
+            texts, again = made[0], made[1]
+            same = [flag and not soft for flag in made[2]]
+            if problem.rescore is not None and not soft:
+                with torch.no_grad():
+                    rescored = problem.rescore(made[0], everyone).tolist()
+                self.ledger.spend(everyone, problem.rows)
+        usable = problem.usable(self.ids, everyone).tolist()
+        found = []
+        for i, retokenised in enumerate(again):
+            ids = None if retokenised is None else tuple(retokenised)
+            head = (self.ids[i].clone(), self.vectors[i].clone(), texts[i], ids, same[i], float(self.loss[i]))
+            found.append(
+                Result(*head, rescored[i], usable[i], tuple(self.traces[i]), int(self.ledger.spent[i]))
+            )
+        return found
+
+
+def nearest_tokens(vectors: Tensor, table: Tensor, allowed: Tensor) -> Tensor:
+    """Ids of the nearest allowed rows by cosine; ``vectors (..., d)`` -> ``(...)``.
+
+    Cosine, not Euclidean: the norms of token embeddings differ, so the two disagree.
+    """
+    unit = torch.nn.functional.normalize
+    likeness = unit(vectors, dim=-1) @ unit(table, dim=-1).T
+    return likeness.masked_fill(~allowed.to(likeness.device), float("-inf")).argmax(-1)
+
+
+def project_simplex(rows: Tensor) -> Tensor:
+    """Euclidean projection of each row on ``{a >= 0, sum a = 1}``, exact, by sorting; ``(..., m)``."""
+    ordered = rows.double().sort(-1, descending=True).values
+    rank = torch.arange(1, rows.shape[-1] + 1, dtype=torch.float64, device=rows.device)
+    shift = (ordered.cumsum(-1) - 1) / rank
+    count = (ordered > shift).sum(-1, keepdim=True)
+    return (rows.double() - shift.gather(-1, count - 1)).clamp(min=0).to(rows.dtype)

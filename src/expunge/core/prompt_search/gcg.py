@@ -1,0 +1,91 @@
+"""Greedy coordinate gradient (GCG, Zou et al., arXiv 2307.15043; as in MMA-Diffusion, 2311.17516).
+
+``G = g E^T`` is the gradient with respect to the one-hot row of each place, taken at the current ids.
+For every place the ``top`` tokens of the most negative entries are kept; ``candidates`` strings, each
+with one place swapped, are scored, and the best becomes the current string, even if it is worse: that
+is the method's exploration.  The best ever is remembered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .common import Problem, Search
+from .rule import Rule
+
+__all__ = ["Gcg"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gcg(Rule):
+    """Greedy coordinate gradient.
+
+    Attributes:
+        steps: Steps.
+        candidates: Single swaps scored a step.
+        top: Tokens kept for each place.
+        places: ``random`` places (GCG) or ``spread`` evenly over the candidates (MMA).
+        accept: ``always`` the best candidate, or only a ``better`` one.
+        aligned: Row ``i`` of the gradient belongs to place ``i``; False shifts it by one as an official
+            implementation does (its first row is that of the start token, here that of the last place).
+        normalise: Divide each row of the gradient by its norm; never changes the order in a row.
+    """
+
+    name = "gcg"
+    steps: int = 1000
+    candidates: int = 512
+    top: int = 256
+    places: str = "random"
+    accept: str = "always"
+    aligned: bool = True
+    normalise: bool = False
+
+    def price(self, problem: Problem) -> int:
+        """A gradient and one candidate at least: the last step is cut to what is left."""
+        return 3 * problem.rows
+
+    def advance(self, search: Search) -> Iterator[None]:
+        """One swap of every active item."""
+        problem = search.problem
+        while True:
+            item = search.item
+            loss, slope = search.descend(problem.table[search.current[item]], item)
+            good = problem.usable(search.current[item], item)
+            search.offer(search.current[item][good], loss.cpu()[good], item[good])
+            rows = (slope.to(problem.table.dtype) @ problem.table.T).float().cpu()
+            rows = rows if self.aligned else rows.roll(1, dims=1)
+            if self.normalise:
+                rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+            rows = rows.masked_fill(~problem.allowed.cpu(), float("inf"))
+            strings = torch.cat([self._swaps(search, int(i), row) for i, row in zip(item, rows, strict=True)])
+            own = item.repeat_interleave(len(strings) // len(item))
+            losses = search.evaluate(strings, own).reshape(len(item), -1)
+            low, place = losses.min(1)
+            accepted = torch.isfinite(low)
+            if self.accept == "better":
+                accepted &= low < loss.float().cpu()
+            chosen = strings.reshape(len(item), -1, problem.length)[torch.arange(len(item)), place]
+            search.current[item[accepted]] = chosen[accepted]
+            yield
+
+    def _swaps(self, search: Search, i: int, rows: Tensor) -> Tensor:
+        """Candidates ``(c, n)`` of one item, each differing from its current string in one place."""
+        problem, generator = search.problem, search.generators[i]
+        count = self.candidates
+        if search.ledger.limit is not None:
+            # Items in lock step keep equal counts; the slowest spender sets nothing, the fastest does.
+            left = search.ledger.limit - int(search.ledger.spent[search.item].max())
+            count = max(1, min(count, left // problem.rows))
+        top = rows.topk(min(self.top, int(problem.allowed.sum())), largest=False).indices
+        if self.places == "spread":
+            place = torch.arange(count) * problem.length // count
+        else:
+            place = torch.randint(problem.length, (count,), generator=generator)
+        token = top[place, torch.randint(top.shape[1], (count,), generator=generator)]
+        strings = search.current[i].repeat(count, 1)
+        strings[torch.arange(count), place] = token
+        return strings

@@ -1,0 +1,225 @@
+"""Outputs of a model for many prompts, in batches, each one made once.
+
+The noise of a picture depends on its own seed alone (the adapter's promise), so a picture may be made
+in any batch, and one that was made before need not be made again.  :class:`OutputCache` names each
+output by everything that can change it: the model's state (base weights, dtype, edits in order), the
+text, the seed and the sampler's options.  An audit of a second edit therefore finds the pictures of
+the original and of the never model ready.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import PromptError
+from ..method import Outputs, Prompt
+
+if TYPE_CHECKING:
+    from ..models.base import Model
+
+__all__ = ["SHARED", "OutputCache", "as_prompts", "expand", "output_key", "outputs", "pictures"]
+
+SEED_STEP = 1_000_003
+"""Further pictures of a prompt use seeds this far apart, so that neighbouring prompts share none."""
+
+
+class OutputCache:
+    """Outputs by key, the least recently used dropped first; optionally also kept in a folder.
+
+    Args:
+        folder: Where to keep outputs between processes; ``None`` keeps them in memory only.
+        limit: Bytes held in memory.  A dropped output is read from the folder or made again.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None, limit: int = 256 * 2**20) -> None:
+        self.folder = Path(folder) if folder is not None else None
+        self.limit = limit
+        self.hits = 0
+        self.misses = 0
+        self.results: dict[str, Any] = {}
+        self._held: OrderedDict[str, Any] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, key: str) -> Any | None:
+        """One output (a picture ``(h, w, 3)`` or a text), or ``None``."""
+        found = self._held.get(key)
+        if found is not None:
+            self._held.move_to_end(key)
+        elif self.folder is not None:
+            found = self._read(key)
+            if found is not None:
+                self._hold(key, found)
+        self.hits += found is not None
+        self.misses += found is None
+        return found
+
+    def put(self, key: str, output: Any) -> None:
+        """Keep one output."""
+        self._hold(key, output)
+        if self.folder is not None:
+            self._write(key, output)
+
+    def clear(self) -> None:
+        """Forget what is held in memory; a folder is left as it is."""
+        self._held.clear()
+        self.results.clear()
+        self._bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def _hold(self, key: str, output: Any) -> None:
+        if key in self._held:
+            return
+        if isinstance(output, np.ndarray):
+            output = output.copy()  # a view would keep its whole batch alive
+            output.setflags(write=False)
+        self._held[key] = output
+        self._bytes += _size(output)
+        while self._bytes > self.limit and len(self._held) > 1:
+            _, dropped = self._held.popitem(last=False)
+            self._bytes -= _size(dropped)
+
+    def _read(self, key: str) -> Any | None:
+        assert self.folder is not None
+        file = self.folder / key[:2] / f"{key}.npz"
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                value = archive["output"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            return None  # damaged: it is made again and written over
+        return str(value) if value.dtype.kind == "U" else value
+
+    def _write(self, key: str, output: Any) -> None:
+        assert self.folder is not None
+        folder = self.folder / key[:2]
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".partial")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                np.savez(stream, output=np.asarray(output))
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(temporary, folder / f"{key}.npz")
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def _size(output: Any) -> int:
+    return int(output.nbytes) if isinstance(output, np.ndarray) else len(str(output)) + 64
+
+
+SHARED = OutputCache()
+"""The process's own cache, used by audits that are not given one."""
+
+
+def as_prompts(prompts: str | Prompt | Sequence[str | Prompt], concept: str | None = None) -> list[Prompt]:
+    """Texts and prompts as prompts; a bare text gets its position as seed.
+
+    Raises:
+        PromptError: Nothing was given, or an entry is empty or not a text.
+    """
+    entries = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
+    found = []
+    for position, entry in enumerate(entries):
+        if isinstance(entry, str):
+            entry = Prompt(entry, seed=position, concept=concept)
+        if not isinstance(entry, Prompt) or not entry.text.strip():
+            raise PromptError(f"prompt {position + 1} is {entry!r}; a non-empty text is needed")
+        found.append(entry)
+    if not found:
+        raise PromptError("no prompt was given; at least one is needed")
+    return found
+
+
+def expand(prompts: Sequence[Prompt], seeds: int) -> list[Prompt]:
+    """Each prompt ``seeds`` times, prompt by prompt, with seeds that no two prompts share."""
+    if seeds < 1:
+        raise PromptError(f"seeds is {seeds}; at least one picture a prompt is needed")
+    return [
+        Prompt(p.text, (p.seed + k * SEED_STEP) % 2**62, p.concept, p.labels)
+        for p in prompts
+        for k in range(seeds)
+    ]
+
+
+def output_key(state: str, prompt: Prompt, options: Mapping[str, Any]) -> str:
+    """The name of one output: model state, text, seed and sampler options."""
+    record = [state, prompt.text, int(prompt.seed), sorted((k, repr(v)) for k, v in options.items())]
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
+
+
+def outputs(
+    model: Model,
+    prompts: Sequence[Prompt],
+    *,
+    batch: int = 64,
+    cache: OutputCache | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Outputs:
+    """What the model makes of ``n`` prompts with their own seeds, in their order.
+
+    Args:
+        model: Any model that can generate, in its present state.
+        prompts: ``n`` prompts; equal prompts with equal seeds are made once.
+        batch: Prompts given to ``model.generate`` at a time.
+        cache: Where to look first and to keep what is made; ``None`` makes everything.
+        progress: Called with (done, n) after each batch.
+        options: Passed on to ``model.generate`` (``steps``, ``guidance``, ...); part of the key.
+
+    Returns:
+        uint8 pictures ``(n, h, w, 3)``, or a list of ``n`` texts.
+    """
+    model.needs("generate")
+    # A control is code with state of its own: its outputs have no name under which to keep them.
+    cache = None if model.controls else cache
+    state = f"{model.family}|{model.state.key}" if cache is not None else model.name
+    # What an option left out stands for is the model's own default, which differs between models.
+    defaults = {name: getattr(model, name, None) for name in ("steps", "guidance")}
+    keys = [output_key(state, prompt, {**defaults, **options}) for prompt in prompts]
+    made: dict[str, Any] = {}
+    missing: dict[str, Prompt] = {}
+    for key, prompt in zip(keys, prompts, strict=True):
+        if key in made or key in missing:
+            continue
+        found = cache.get(key) if cache is not None else None
+        if found is None:
+            missing[key] = prompt
+        else:
+            made[key] = found
+    wanted = list(missing)
+    done = len(keys) - len(wanted)
+    for start in range(0, len(wanted), batch):
+        part = wanted[start : start + batch]
+        entries = [missing[key] for key in part]
+        fresh = model.generate(entries, seeds=[p.seed for p in entries], **options)
+        for key, output in zip(part, fresh, strict=True):
+            made[key] = output
+            if cache is not None:
+                cache.put(key, output)
+        done += len(part)
+        if progress is not None:
+            progress(done, len(keys))
+    ordered = [made[key] for key in keys]
+    if ordered and isinstance(ordered[0], np.ndarray):
+        return np.stack(ordered)
+    return ordered
+
+
+def pictures(model: Model, prompts: Any, **options: Any) -> Outputs:
+    """:func:`outputs` for texts or prompts, in the words of a picture model."""
+    return outputs(model, as_prompts(prompts), **options)

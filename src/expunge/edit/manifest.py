@@ -1,0 +1,79 @@
+"""The manifest of an edit: its provenance, validated at the door.
+
+It is stored as JSON in the safetensors header.  Unknown keys are refused, so that a misspelt field
+never vanishes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+__all__ = ["FORMAT", "Kind", "Manifest", "Target"]
+
+FORMAT = 1
+"""Raised when older readers would misread a file."""
+
+Kind = Literal["dense", "low-rank", "shared-low-rank", "gated-adapter", "control"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Target(_Strict):
+    """One tensor an edit changes: canonical name and shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class Manifest(_Strict):
+    """Where an edit comes from and what it needs.
+
+    Attributes:
+        format: Version of this layout.
+        kind: ``dense`` (a delta per tensor), ``low-rank`` (two factors per tensor),
+            ``shared-low-rank`` (one pair of thin factors ``D`` for all tensors, change ``W_l D``),
+            ``gated-adapter`` and ``control`` (rebuilt by catalogue id and version).
+        method, version, preset, settings: What made it, fully resolved.
+        concepts: The concepts it erases, as plain mappings.
+        keep: What the eraser was told to preserve.
+        base: Fingerprint of the base weights.
+        fitted_on: Digests of the edits that were on the model when it was fitted, in order.
+        targets: The tensors it changes.
+        seed: Seed of the method.
+        libraries: Versions of the libraries that computed it.
+        cost: Rows by component.
+        seconds: Wall time of erasing.
+        data_digest: Digest of example data, if any.
+        report: What the method reports of its own work (condition numbers, losses, drift).
+        tensors_digest: Digest of the tensors in the file.
+    """
+
+    format: Literal[1] = FORMAT
+    kind: Kind
+    method: str
+    version: int = Field(ge=1)
+    preset: str | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
+    concepts: list[dict[str, Any]]
+    keep: list[str] = Field(default_factory=list)
+    base: dict[str, Any]
+    fitted_on: list[str] = Field(default_factory=list)
+    targets: list[Target] = Field(default_factory=list)
+    seed: int = 0
+    libraries: dict[str, str] = Field(default_factory=dict)
+    cost: dict[str, int] = Field(default_factory=dict)
+    seconds: float | None = None
+    data_digest: str | None = None
+    report: dict[str, Any] = Field(default_factory=dict)
+    tensors_digest: str = ""
+
+    @field_validator("base")
+    @classmethod
+    def _base_has_fingerprint(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if not {"id", "components", "exact"} <= set(value):
+            raise ValueError("base must hold id, components and exact")
+        return value

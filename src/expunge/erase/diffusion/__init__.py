@@ -1,0 +1,1 @@
+"""Erasers of text-to-image diffusion models."""

@@ -1,0 +1,172 @@
+"""UCE: unified concept editing, a closed-form edit of the text projections.
+
+UCE edits the cross-attention key and value matrices so that the text rows of a concept give the keys
+and values of a harmless guide, while listed concepts keep theirs and a ridge holds everything else.
+No training and no pictures: one solve, seconds.
+
+Source: arXiv 2308.14761 (WACV 2024).  For every key or value matrix ``W`` (out, d):
+
+    minimise  sum_i a ||W c_i - W_old g_i||^2 + sum_j b ||W p_j - W_old p_j||^2 + ridge ||W - W_old||_F^2
+
+    W = W_old (ridge I + a A + b P) (ridge I + a C + b P)^{-1}
+    A = sum g c^T,  C = sum c c^T,  P = sum p p^T                      (each d x d, the same for all W)
+
+``c`` are rows of the erased texts, ``g`` of the guide (``W_old g`` is what they shall give), ``p`` of
+the kept texts.  Which rows count is the token policy (:mod:`expunge.core.token_policy`); sums run
+over rows, so the ridge means less where a text gives many rows.
+
+``technique="tensor"`` removes the concept's own direction from the guide's values instead: with
+``V_c, V_g`` (rows, out) the values of one pair, ``U = V_c / ||V_c||_F`` and ``s = sum(U * V_g)``, the
+target is ``V_g - s U``.  It differs from matrix to matrix, so nothing is shared but the solve.
+
+Defaults are the 2025 form (one row a text); the preset ``2023`` maps content to padding and keeps
+whole prompts, the empty one always among them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...concept import as_concepts
+from ...core.closed_form import ValueMoments
+from ...core.projections import Projections, erased_pairs, kept_texts, per_layer_edit, shared_edit
+from ...core.token_policy import POLICIES, accumulate, stream_pairs, stream_rows
+from ...edit import Edit
+from ...method import Eraser, Judge, setting
+
+__all__ = ["UCE"]
+
+
+@dataclasses.dataclass(frozen=True)
+class UCE(Eraser):
+    """Unified concept editing; see the module for the method."""
+
+    id: ClassVar[str] = "uce"
+    title: ClassVar[str] = "UCE: Unified Concept Editing in Diffusion Models"
+    source: ClassVar[str] = "arXiv 2308.14761"
+    version: ClassVar[int] = 1
+    families: ClassVar[tuple[str, ...]] = ("diffusion",)
+    presets: ClassVar[dict[str, dict[str, Any]]] = {
+        "paper:object": {},
+        "paper:style": {"guide": "art"},
+        "paper:unsafe": {},
+        "2023": {"tokens": "last_token_to_end_aligned"},
+        "world": {"tokens": "last_token_to_end_aligned", "expand_prompts": True, "ridge": 0.1},
+    }
+
+    erase_scale: float = setting(1.0, "Weight a of the erased rows", minimum=0)
+    preserve_scale: float | None = setting(
+        None,
+        "Weight b of the kept rows; none: 1, or max(0.1, 1 / number of kept texts) under the 2023 policy",
+        minimum=0,
+    )
+    ridge: float = setting(
+        0.5, "Weight of the distance to the old weights (squared embedding norm)", minimum=0
+    )
+    tokens: str = setting("last_token", "Which rows of a text are mapped", choices=POLICIES)
+    technique: str = setting("replace", "Target: the guide's values, or those less the concept's direction",
+                             choices=("replace", "tensor"))  # fmt: skip
+    expand_prompts: bool = setting(False, "Erase five templates around each name too")
+    templates: tuple[str, ...] = setting(
+        (), "Further templates with {} for the name, erased and kept alike"
+    )
+    guide: str | None = setting(
+        None, "What takes the place; none: the anchor, else 'art' for styles, else ''"
+    )
+    erase_phrases: bool = setting(True, "Erase the concept's listed phrases too")
+
+    def erase(
+        self,
+        model: Any,
+        concepts: Any,
+        *,
+        keep: Sequence[Any] = (),
+        data: Any = None,
+        judge: Judge | None = None,
+        seed: int = 0,
+        run: str | Path | None = None,
+    ) -> Edit:
+        """One solve for all concepts; see :meth:`expunge.method.Eraser.erase`."""
+        model.check_family(self)
+        began, before = time.perf_counter(), model.cost.snapshot()
+        listed = as_concepts(concepts)
+        projections = Projections(model)
+        pairs = erased_pairs(
+            listed,
+            self.guide,
+            phrases=self.erase_phrases,
+            expand=self.expand_prompts,
+            templates=self.templates,
+        )
+        kept = kept_texts(keep, self.templates)
+        if self.tokens == "last_token_to_end_aligned":
+            kept = list(dict.fromkeys(["", *kept]))
+        b = self.preserve_weight(len(kept))
+        report: dict[str, Any] = {
+            "token_policy": self.tokens,
+            "preserve_scale": b,
+            "pairs": len(pairs),
+            "kept": len(kept),
+        }
+        shared: dict[str, Any] = {"keep": kept_texts(keep), "seed": seed}
+        if self.technique == "tensor":
+            values = self._tensor_moments(model, projections, pairs, kept, b)
+            provenance = {"cost": model.cost.since(before), "seconds": time.perf_counter() - began}
+            return per_layer_edit(
+                self,
+                model,
+                listed,
+                projections,
+                values,
+                self.ridge,
+                report=report,
+                **shared,
+                **provenance,
+            )
+        moments = accumulate(
+            model, projections.width, pairs, kept, self.tokens, erase=self.erase_scale, keep=b
+        )
+        solution = moments.solve(self.ridge)
+        report |= {"erase_rows": moments.erase_rows, "keep_rows": moments.keep_rows}
+        provenance = {"cost": model.cost.since(before), "seconds": time.perf_counter() - began}
+        return shared_edit(
+            self, model, listed, projections, solution, report=report, **shared, **provenance
+        )
+
+    def preserve_weight(self, kept: int) -> float:
+        """The weight b for a number of kept texts."""
+        if self.preserve_scale is not None:
+            return self.preserve_scale
+        if self.tokens != "last_token_to_end_aligned":
+            return 1.0
+        return max(0.1, round(1.0 / max(1, kept), 3))
+
+    def _tensor_moments(
+        self,
+        model: Any,
+        projections: Projections,
+        pairs: list[tuple[str, str]],
+        kept: list[str],
+        b: float,
+    ) -> ValueMoments:
+        """Moments of ``technique="tensor"``: one scalar ``s`` a pair and matrix, not a row."""
+        moments = ValueMoments(projections.weights)
+        for block in stream_pairs(model, pairs, self.tokens):
+            sources = block.sources.double().cpu().split(block.sizes)
+            targets = block.targets.double().cpu().split(block.sizes)
+            for c, g in zip(sources, targets, strict=True):
+                wished = {}
+                for name, weight in projections.weights.items():
+                    w = weight.double().cpu()
+                    concept, guide = c @ w.T, g @ w.T
+                    unit = concept / concept.norm().clamp_min(1e-12)
+                    wished[name] = guide - (unit * guide).sum() * unit
+                moments.erase(c, wished, self.erase_scale)
+        for rows in stream_rows(model, kept, self.tokens):
+            rows = rows.double().cpu()
+            moments.keep_moment(rows.T @ rows, b)
+        return moments

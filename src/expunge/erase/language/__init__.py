@@ -1,0 +1,1 @@
+"""Erasers for language models: one file for each method."""

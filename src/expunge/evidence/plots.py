@@ -1,0 +1,109 @@
+"""Two plots as inline SVG: what happened to kept concepts, and what each attack brought back.
+
+Text stays text, so that it can be read aloud, searched and enlarged.  What is black in a figure
+becomes ``currentColor``, so that one picture is legible on light and on dark pages.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+from .schema import ARMS, ConceptFields
+
+__all__ = ["COLOURS", "attack_plot", "kept_plot"]
+
+COLOURS = {"original": "#3b7dd8", "erased": "#d9622b", "never": "#3f9b62"}
+MARKERS = {"original": "o", "erased": "D", "never": "^"}
+INK = "#010203"
+"""Stands for the page's own text colour until the SVG is written."""
+
+STYLE = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "text.color": INK,
+    "axes.edgecolor": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+}  # fmt: skip
+
+
+def kept_plot(fields: ConceptFields, limit: int = 40) -> str | None:
+    """Kept concepts, the most damaged first: hit rates of the arms, interval of the erased model."""
+    assert fields.models is not None
+    erased, original = fields.models.erased, fields.models.original
+    if not erased.kept:
+        return None
+
+    def damage(name: str) -> float:
+        return erased.kept[name] - (original.kept.get(name, 0.0) if original else 0.0)
+
+    rows = []
+    for name in sorted(erased.kept, key=lambda n: (damage(n), n))[:limit]:
+        points = {arm: record.kept.get(name) for arm in ARMS if (record := getattr(fields.models, arm)) is not None}
+        rows.append((name, points, {"erased": fields.intervals.get(f"models.erased.kept.{name}")}))
+    return _rates(rows, "kept", "share of prompts that show the kept concept")
+
+
+def attack_plot(fields: ConceptFields) -> str | None:
+    """Hit rates before any attack and after each one, on the arms, with intervals."""
+    assert fields.models is not None
+    if not fields.attacks:
+        return None
+    rows = [("no attack", {a: r.target_hit for a in ARMS if (r := getattr(fields.models, a)) is not None},
+             {a: fields.intervals.get(f"models.{a}.target_hit") for a in ARMS})]  # fmt: skip
+    for attack in fields.attacks:
+        points = {arm: getattr(attack, f"hit_{arm}") for arm in ARMS}
+        rows.append((attack.id, points, {a: fields.intervals.get(f"attacks.{attack.id}.hit_{a}") for a in ARMS}))
+    return _rates(rows, "attacks", "share of attacked prompts that show the concept")
+
+
+def _rates(rows: list[tuple[str, dict[str, Any], dict[str, Any]]], salt: str, label: str) -> str:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    offsets = {"original": -0.2, "erased": 0.0, "never": 0.2}
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
+        figure = Figure(figsize=(4.9, 0.62 + 0.27 * len(rows) + 0.25), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        for arm in ARMS:
+            spots = [(i, points[arm], spans.get(arm)) for i, (_, points, spans) in enumerate(rows) if points.get(arm) is not None]
+            if not spots:
+                continue
+            heights = [i + offsets[arm] for i, _, _ in spots]
+            for height, (_, _, span) in zip(heights, spots, strict=True):
+                if span is not None:
+                    axes.plot(span, [height, height], color=COLOURS[arm], linewidth=1.6, alpha=0.55, solid_capstyle="round")
+            axes.plot([v for _, v, _ in spots], heights, MARKERS[arm], color=COLOURS[arm], markersize=5, label=arm)
+        for i in range(len(rows)):
+            axes.axhline(i, color=INK, linewidth=0.4, alpha=0.18, zorder=0)
+        axes.set_yticks(range(len(rows)))
+        # Names are a user's texts: no mathematics in them.
+        for tick, (name, _, _) in zip(axes.set_yticklabels([_short(n) for n, _, _ in rows]), rows, strict=True):
+            tick.set_parse_math(False)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(label)
+        figure.legend(loc="outside upper center", ncols=3, frameon=False, handletextpad=0.3, columnspacing=1.2)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    return _inline(stream.getvalue())
+
+
+def _short(name: str, length: int = 22) -> str:
+    clean = " ".join(name.split())
+    return clean if len(clean) <= length else clean[: length - 1] + "\u2026"
+
+
+def _inline(svg: str) -> str:
+    """The ``<svg>`` element alone, without metadata, sized by the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r' xmlns:xlink="[^"]*"', ' xmlns:xlink="http://www.w3.org/1999/xlink"', svg, count=1)
+    # All figures of a page share one name space of ids; matplotlib's counters start anew in each.
+    return svg.replace(INK, "currentColor").replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

@@ -1,0 +1,103 @@
+"""Intervals: Wilson for a rate, bootstrap over prompts for means and differences.
+
+Pictures of one prompt with several seeds are correlated, so the unit is the prompt: the bootstrap
+resamples prompts with all their pictures, and a Wilson interval is taken at an effective number of
+pictures (all of them when they are independent, the number of prompts when they are not at all).
+All randomness is private and fixed, so that the same numbers give the same interval.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from ..errors import InputError
+
+__all__ = ["Z", "bootstrap_difference", "bootstrap_mean", "grouped", "rate", "resamples", "wilson"]
+
+Z = 1.959963984540054
+"""Standard normal quantile of a two-sided 95 % interval."""
+
+RESAMPLES = 2_000
+
+
+def wilson(hits: float, n: float) -> tuple[float, float]:
+    """95 % Wilson score interval of ``hits`` out of ``n``; (0, 1) for n = 0.
+
+    ``n`` may be an effective, fractional number of trials.
+    """
+    if n <= 0:
+        return 0.0, 1.0
+    if not 0 <= hits <= n:
+        raise InputError(f"{hits} hits out of {n} is not a share")
+    share = hits / n
+    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    low = 0.0 if hits == 0 else max(0.0, centre - half)
+    high = 1.0 if hits == n else min(1.0, centre + half)
+    return low, high
+
+
+def grouped(values: Sequence[float] | np.ndarray, groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and counts of ``values`` for each distinct group, in order of first appearance."""
+    values = np.asarray(values, np.float64)
+    if len(values) != len(groups):
+        raise InputError(f"{len(values)} values but {len(groups)} prompts")
+    place: dict[Hashable, int] = {}
+    index = np.array([place.setdefault(group, len(place)) for group in groups], int)
+    sums = np.bincount(index, weights=values, minlength=len(place))
+    return sums, np.bincount(index, minlength=len(place)).astype(float)
+
+
+def rate(hits: Sequence[bool] | np.ndarray, prompts: Sequence[Hashable]) -> tuple[float, tuple[float, float], int]:
+    """Hit rate, its 95 % Wilson interval at the effective sample size, and the number of prompts."""
+    values = np.asarray(hits, float)
+    sums, counts = grouped(values, prompts)
+    total, groups = counts.sum(), len(counts)
+    if total == 0:
+        raise InputError("a rate needs at least one output")
+    share = float(sums.sum() / total)
+    effective = float(groups)
+    binomial = share * (1 - share) / total
+    if groups > 1 and binomial > 0:
+        # Variance of the share between prompts, against what independent pictures would have.
+        residual = sums - share * counts
+        clustered = (residual @ residual) * groups / (groups - 1) / total**2
+        effective = float(np.clip(total * binomial / max(clustered, 1e-12), groups, total))
+    elif groups == total:
+        effective = float(total)
+    return share, wilson(share * effective, effective), groups
+
+
+def resamples(groups: int, count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """How often each of ``groups`` prompts is drawn in each resample, ``(count, groups)``."""
+    if groups < 1:
+        raise InputError("a bootstrap needs at least one prompt")
+    drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=count)
+    return drawn.astype(float)
+
+
+def bootstrap_mean(
+    values: Sequence[float] | np.ndarray, prompts: Sequence[Hashable], seed: int = 0
+) -> tuple[float, tuple[float, float], int]:
+    """Mean, 95 % percentile interval over prompts, and the number of prompts."""
+    sums, counts = grouped(values, prompts)
+    weights = resamples(len(counts), seed=seed)
+    means = (weights @ sums) / (weights @ counts)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(sums.sum() / counts.sum()), (float(low), float(high)), len(counts)
+
+
+def bootstrap_difference(
+    one: Sequence[float] | np.ndarray,
+    two: Sequence[float] | np.ndarray,
+    prompts: Sequence[Hashable],
+    seed: int = 0,
+) -> tuple[float, tuple[float, float], int]:
+    """Mean of ``one - two`` for outputs of the same prompts and seeds, with its interval."""
+    first, second = np.asarray(one, np.float64), np.asarray(two, np.float64)
+    if first.shape != second.shape:
+        raise InputError("a paired difference needs the same prompts and seeds on both sides")
+    return bootstrap_mean(first - second, prompts, seed)

@@ -1,0 +1,493 @@
+"""The contracts: what a method is, what it receives and what it returns.
+
+Small on purpose and without policy.  A method is a frozen dataclass whose fields are its
+hyperparameters (:func:`setting`), with the paper's names and defaults; what it learns is a separate,
+frozen thing (:class:`~expunge.edit.Edit`, :class:`Attempts`).
+
+    Eraser   erase(model, concepts, keep=, data=, judge=, seed=, run=) -> Edit
+    Attack   attack(model, concept, judge, budget, prompts=, reference=, seed=) -> Attempts
+    Control  hooks that run while a model runs; the adapter installs them
+    Judge    judge(outputs, concept, prompts) -> Verdicts
+    Metric   update(outputs, prompts), compute() -> Measurement
+
+Outputs are pictures, a uint8 array ``(n, height, width, 3)``, or texts, a list of ``n`` strings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .errors import ProtocolError, SettingError, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .concept import Concept
+    from .edit import Edit
+
+__all__ = [
+    "BUDGETS",
+    "Attack",
+    "Attempt",
+    "Attempts",
+    "Budget",
+    "Control",
+    "Eraser",
+    "Judge",
+    "Measurement",
+    "Method",
+    "Metric",
+    "Prompt",
+    "Verdicts",
+    "budget",
+    "setting",
+]
+
+Outputs = Any
+"""uint8 pictures ``(n, height, width, 3)`` or a list of ``n`` texts."""
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: Sequence[Any] | None = None,
+) -> Any:
+    """A hyperparameter: its default, what it means (with unit), and what is allowed."""
+    meta = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Base of all methods: hyperparameters that are validated once and stored unchanged.
+
+    Class attributes:
+        id: The catalogue id.
+        title: The published name.
+        source: arXiv id or venue of the paper.
+        version: Raised whenever results of the method may change.
+        families: Model families it is defined for.
+        presets: Named changes of the defaults, for example ``paper:style`` or ``world``.
+    """
+
+    id: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    families: ClassVar[tuple[str, ...]] = ()
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(self.id, field, getattr(self, field.name))
+
+    @classmethod
+    def configured(cls, preset: str | None = None, /, **settings: Any) -> typing.Self:
+        """Build from a preset and changes; texts (from a command line) are converted.
+
+        Raises:
+            SettingError: An unknown preset or setting (with the nearest valid name), or a value of
+                the wrong type or out of range.
+        """
+        if preset is not None and preset not in cls.presets and preset != "paper":
+            raise SettingError(
+                f"{cls.id}: preset {preset!r} is unknown{nearest(preset, ['paper', *cls.presets])}"
+            )
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name in settings:
+            if name not in fields:
+                raise SettingError(f"{cls.id}: setting {name!r} is unknown{nearest(name, fields)}")
+        hints = typing.get_type_hints(cls)
+        converted = {
+            name: _convert(cls.id, name, value, hints[name]) if isinstance(value, str) else value
+            for name, value in settings.items()
+        }
+        return cls(**{**cls.presets.get(preset or "", {}), **converted})
+
+    def settings(self) -> dict[str, Any]:
+        """All hyperparameters as plain values, as recorded with every result."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def describe(cls) -> list[dict[str, Any]]:
+        """One row a hyperparameter: name, type, default, help, allowed values."""
+        hints = typing.get_type_hints(cls)
+        return [
+            {
+                "name": field.name,
+                "type": getattr(hints[field.name], "__name__", str(hints[field.name])),
+                "default": field.default,
+                **{k: v for k, v in field.metadata.items() if v is not None},
+            }
+            for field in dataclasses.fields(cls)
+        ]
+
+
+def _convert(method: str, name: str, text: str, kind: Any) -> Any:
+    options = typing.get_args(kind) or (kind,)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    for option in options:
+        if option is bool and text.lower() in ("true", "false", "yes", "no", "1", "0"):
+            return text.lower() in ("true", "yes", "1")
+        if option in (int, float):
+            try:
+                return option(text)
+            except ValueError:
+                continue
+        if option is str:
+            return text
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        return tuple(_convert(method, name, part.strip(), inner) for part in text.split(",") if part.strip())
+    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise SettingError(f"{method}: setting {name!r} needs {wanted}, got {text!r}")
+
+
+def _check(method: str, field: dataclasses.Field[Any], value: Any) -> None:
+    meta = field.metadata
+    if value is None or not meta:
+        return
+    choices = meta.get("choices")
+    if choices is not None and value not in choices:
+        raise SettingError(
+            f"{method}: {field.name} is {value!r}{nearest(str(value), [str(c) for c in choices])}"
+        )
+    low, high = meta.get("minimum"), meta.get("maximum")
+    if low is None and high is None:
+        return
+    for number in value if isinstance(value, tuple) else (value,):
+        inside = isinstance(number, (int, float)) and not isinstance(number, bool) and number == number
+        if inside and (low is None or number >= low) and (high is None or number <= high):
+            continue
+        bounds = f"from {low if low is not None else '-inf'} to {high if high is not None else 'inf'}"
+        raise SettingError(f"{method}: {field.name} is {number!r}; allowed is a number {bounds}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One thing to ask a model, and what is known to be in a right answer.
+
+    Attributes:
+        text: What the model is given.
+        seed: Seed of the initial noise (pictures) or of sampling (texts).
+        concept: Name of the concept the prompt is about, if any.
+        labels: Ground truth of the world, for example ``{"object": "star", "colour": "red"}`` or
+            ``{"answer": "Lisbon"}``.
+    """
+
+    text: str
+    seed: int = 0
+    concept: str | None = None
+    labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdicts:
+    """What a judge says of ``n`` outputs.
+
+    Attributes:
+        hit: bool ``(n,)``: the concept is shown.
+        score: float ``(n,)``: the judge's confidence, 0 to 1; ``hit`` is ``score >= threshold``
+            where the judge has one threshold.
+        recognisable: bool ``(n,)``: the output is of the kind the judge knows at all; a destroyed
+            picture is not.
+    """
+
+    hit: np.ndarray
+    score: np.ndarray
+    recognisable: np.ndarray
+
+
+class Judge(ABC):
+    """Says whether outputs show a concept.
+
+    Attributes:
+        id: Short name, for example ``world-oracle``.
+        protocol: Names everything that changes the answer: judge, version, threshold, unit.
+        threshold: Score from which on an output counts as a hit.
+    """
+
+    id: str
+    protocol: str
+    threshold: float
+
+    @abstractmethod
+    def judge(self, outputs: Outputs, concept: Concept, prompts: Sequence[Prompt]) -> Verdicts:
+        """Verdicts on ``n`` outputs; ``prompts`` are the ``n`` prompts they answer."""
+
+    def features(self, outputs: Outputs) -> np.ndarray | None:
+        """Feature vectors ``(n, d)`` for distribution distances, or ``None``."""
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """A number with what makes it comparable.
+
+    Attributes:
+        value: The number.
+        protocol: How it was measured; only equal protocols may be compared.
+        n: Independent units behind it (prompts, not pictures, where prompts repeat).
+        interval: 95 % interval ``(low, high)`` or ``None``.
+    """
+
+    value: float | None
+    protocol: str
+    n: int
+    interval: tuple[float, float] | None = None
+
+    def minus(self, other: Measurement) -> float:
+        """The difference of two values of one protocol.
+
+        Raises:
+            ProtocolError: The protocols differ.
+        """
+        if self.protocol != other.protocol:
+            raise ProtocolError(f"{self.protocol!r} cannot be compared with {other.protocol!r}")
+        if self.value is None or other.value is None:
+            raise ProtocolError(f"{self.protocol!r} has no value on one side, so nothing to compare")
+        return self.value - other.value
+
+
+class Metric(ABC):
+    """A number from outputs, streamed."""
+
+    protocol: str
+
+    @abstractmethod
+    def update(self, outputs: Outputs, prompts: Sequence[Prompt]) -> None:
+        """Take in a batch of outputs and the prompts they answer."""
+
+    @abstractmethod
+    def compute(self) -> Measurement:
+        """The number over everything taken in so far."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """A named allowance for one attacked item; ``None`` means unlimited.
+
+    Attributes:
+        name: Presets of this name are used by attacks that have one.
+        denoiser_rows: Rows (one prompt of a batch, one pass) through the denoiser or language model,
+            forward and backward counted alike, pictures for confirmation included.
+        encoder_rows: Rows through the text encoder.
+    """
+
+    name: str
+    denoiser_rows: int | None = None
+    encoder_rows: int | None = None
+
+
+BUDGETS: Mapping[str, Budget] = {
+    "paper": Budget("paper"),
+    "world": Budget("world", denoiser_rows=2_000, encoder_rows=20_000),
+    "quick": Budget("quick", denoiser_rows=400, encoder_rows=4_000),
+}
+
+
+def budget(name: str | Budget) -> Budget:
+    """A budget by name; an unknown name is refused with the nearest valid one."""
+    if isinstance(name, Budget):
+        return name
+    if name not in BUDGETS:
+        raise SettingError(f"budget {name!r} is unknown{nearest(name, BUDGETS)}")
+    return BUDGETS[name]
+
+
+class Eraser(Method, ABC):
+    """A published way to remove a concept; the model is unchanged by :meth:`erase`."""
+
+    @abstractmethod
+    def erase(
+        self,
+        model: Any,
+        concepts: Any,
+        *,
+        keep: Sequence[Any] = (),
+        data: Any = None,
+        judge: Judge | None = None,
+        seed: int = 0,
+        run: str | Path | None = None,
+    ) -> Edit:
+        """Learn an edit.
+
+        Args:
+            model: An opened :class:`~expunge.models.Model` of a family in ``families``.
+            concepts: One or several concepts (or bare names) to forget.
+            keep: Concepts or prompts the eraser is told to preserve.
+            data: Method-specific examples; ``None`` where the method needs none.
+            judge: For methods that select a model by looking at its outputs.
+            seed: All randomness derives from it.
+            run: Folder for progress and resume; ``None`` keeps nothing on disk.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """What an attack did with one prompt.
+
+    Attributes:
+        prompt: The attacked prompt, with its seed.
+        pre_hit: The plain prompt already shows the concept.
+        hit: The concept is shown before or after the attack (the field's convention).
+        score: The judge's score of the shown output.
+        text: The adversarial text as it was re-tokenised and fed in; ``None`` for attacks that do not
+            end in a text.
+        details: Losses, norms, evaluations: what the attack's card asks to report.
+    """
+
+    prompt: Prompt
+    pre_hit: bool
+    hit: bool
+    score: float
+    text: str | None = None
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempts:
+    """Everything an attack did to one model.
+
+    Attributes:
+        attack, version, settings: The method and its resolved hyperparameters.
+        teaches: The attack can put knowledge into the model or its context.
+        budget: Name of the budget.
+        judge, threshold: Who decided, and from which score on.
+        seed: Seed of the attack.
+        items: One attempt a prompt, in order.
+        outputs: What was shown for each item: pictures or texts, in order.
+        cost: Rows by component, as counted in the adapter.
+    """
+
+    attack: str
+    version: int
+    settings: Mapping[str, Any]
+    teaches: bool
+    budget: str
+    judge: str
+    threshold: float
+    seed: int
+    items: tuple[Attempt, ...]
+    outputs: Outputs
+    cost: Mapping[str, int]
+
+    @property
+    def pre_rate(self) -> float:
+        """Share of items whose plain prompt shows the concept."""
+        return sum(item.pre_hit for item in self.items) / max(1, len(self.items))
+
+    @property
+    def rate(self) -> float:
+        """Share of items that show the concept before or after the attack."""
+        return sum(item.hit for item in self.items) / max(1, len(self.items))
+
+
+class Attack(Method, ABC):
+    """A published way to bring a concept back.
+
+    Class attributes:
+        teaches: It can teach (relearning, inversion, knowledge in the context): only its advantage
+            over the never model counts.
+    """
+
+    teaches: ClassVar[bool] = False
+
+    @abstractmethod
+    def attack(
+        self,
+        model: Any,
+        concept: Concept,
+        judge: Judge,
+        budget: Budget,
+        *,
+        prompts: Sequence[Prompt],
+        reference: Any = None,
+        seed: int = 0,
+    ) -> Attempts:
+        """Attack each prompt within ``budget`` (an allowance for each prompt).
+
+        Args:
+            model: The model under attack, its edits applied; left as it was found.
+            concept: The concept; its name and phrases are forbidden to searches.
+            judge: Decides success.
+            budget: Allowance for each prompt.
+            prompts: Prompts that name the concept.
+            reference: The original model, for attacks that use it (target pictures, original
+                weights or text encoder); it may be the same object as ``model``: use
+                ``with reference.lifted() as original``.
+            seed: Private randomness of the attack.
+        """
+
+    def under(self, budget: Budget) -> typing.Self:
+        """This attack with the preset of the budget's name, if it has one and is at its defaults."""
+        if budget.name in self.presets and self == type(self)():
+            return type(self).configured(budget.name)
+        return self
+
+
+class Control:
+    """An intervention while a model runs; override the hooks that are needed.
+
+    The adapter calls the hooks of all controls in recorded order.  Each returns its (possibly
+    changed) argument.  ``context`` is the adapter's record of the running step: step index, timestep,
+    rows, layer name, condition.
+    """
+
+    HOOKS: ClassVar[tuple[str, ...]] = (
+        "start", "condition", "attention", "latents", "prediction",
+        "activations", "logits", "next_input", "guest", "finish",
+    )  # fmt: skip
+
+    @classmethod
+    def hooks(cls) -> frozenset[str]:
+        """Names of the hooks this control overrides; the adapter installs only those."""
+        return frozenset(hook for hook in cls.HOOKS if getattr(cls, hook) is not getattr(Control, hook))
+
+    def start(self, context: Any) -> None:
+        """Before the first step."""
+
+    def condition(self, context: Any, condition: Any) -> Any:
+        """The row-wise condition of this step."""
+        return condition
+
+    def attention(self, context: Any, probabilities: Any) -> Any:
+        """Attention probabilities ``(rows, heads, queries, keys)`` of ``context.layer``."""
+        return probabilities
+
+    def latents(self, context: Any, latents: Any) -> Any:
+        """The noisy latents ``(rows, channels, height, width)`` before the prediction."""
+        return latents
+
+    def prediction(self, context: Any, prediction: Any) -> Any:
+        """The typed prediction, conditional and unconditional rows still apart."""
+        return prediction
+
+    def activations(self, context: Any, hidden: Any) -> Any:
+        """Hidden states of ``context.layer``."""
+        return hidden
+
+    def logits(self, context: Any, logits: Any) -> Any:
+        """Next-token logits ``(rows, vocabulary)``."""
+        return logits
+
+    def next_input(self, context: Any, token_or_embedding: Any) -> Any:
+        """What is fed back at the next position."""
+        return token_or_embedding
+
+    def guest(self, context: Any) -> Any:
+        """A prediction of another model that takes part in this step, or ``None``."""
+        return None
+
+    def finish(self, context: Any, outputs: Any) -> Any:
+        """The finished outputs."""
+        return outputs

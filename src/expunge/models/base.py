@@ -1,0 +1,221 @@
+"""Model: the adapter around a real model of one family.
+
+An adapter gives a model identity (fingerprint and state), named parts, counted costs and a small
+set of capabilities.  It never re-implements the model.  Edits are put on and taken off by
+:mod:`expunge.edit` through :attr:`Model.edits`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from ..edit.stack import EditStack
+from ..errors import MissingCapability, MissingPart, UnsupportedModel, nearest
+from .fingerprint import Fingerprint, fingerprint
+
+if TYPE_CHECKING:
+    from ..concept import Concept
+    from ..method import Control, Judge, Method, Outputs, Prompt
+
+__all__ = ["Companions", "Cost", "Model", "State", "noise_generator"]
+
+
+def noise_generator(seed: int, purpose: str, item: int | str = 0) -> torch.Generator:
+    """A private CPU generator for one purpose and item.
+
+    Noise drawn from it does not depend on batch composition, order or device, and drawing it does
+    not touch the global random state.
+    """
+    digest = hashlib.sha256(f"{seed}|{purpose}|{item}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") & (2**63 - 1))
+
+
+class Cost:
+    """Rows counted by component and direction, for example ``denoiser.forward``.
+
+    A row is one element of a batch in one pass.  ``counts`` only grows; use :meth:`since` for the
+    cost of a stage.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def add(self, component: str, rows: int, direction: str = "forward") -> None:
+        """Count ``rows`` rows of one pass."""
+        self.counts[f"{component}.{direction}"] += int(rows)
+
+    def snapshot(self) -> Counter[str]:
+        """A copy of the counts, to be given to :meth:`since`."""
+        return Counter(self.counts)
+
+    def since(self, before: Mapping[str, int]) -> dict[str, int]:
+        """Counts added since ``before``."""
+        return {k: v - before.get(k, 0) for k, v in sorted(self.counts.items()) if v > before.get(k, 0)}
+
+    def rows(self, component: str, before: Mapping[str, int] | None = None) -> int:
+        """Forward and backward rows of a component (since ``before``)."""
+        counts = self.since(before or {})
+        return sum(v for k, v in counts.items() if k.rsplit(".", 1)[0] == component)
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What a model is right now: its base and the ordered digests of the edits on it."""
+
+    base: str
+    edits: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """A short text that names the state, for cache keys."""
+        return hashlib.sha256("|".join((self.base, *self.edits)).encode()).hexdigest()[:24]
+
+
+@dataclasses.dataclass(frozen=True)
+class Companions:
+    """What a world (or a user) registers beside a model; every field may be missing.
+
+    Attributes:
+        world: Name of the world.
+        never: Opens the model that was trained the same way without the concepts in
+            ``never_lacks``; audits of other concepts have no never.
+        never_lacks: Names of the concepts the never model lacks.
+        judge: Opens the world's judge.
+        concept: Name -> the world's :class:`~expunge.Concept`, or ``None`` if unknown.
+        neighbours: Concept -> names of all other concepts of the same kind.
+        unrelated: A fixed set of names that share nothing with any reference concept.
+        prompts: ``prompts(name, n, seed=0, split="development" | "test", route="name" | "phrase" |
+            "unlisted" | "euphemism" | "metaphor") -> list[Prompt]``.
+        data: World-specific training data for methods that need examples.
+    """
+
+    world: str
+    never: Callable[[], Model] | None = None
+    never_lacks: tuple[str, ...] = ()
+    judge: Callable[[], Judge] | None = None
+    concept: Callable[[str], Concept | None] = lambda name: None
+    neighbours: Callable[[Concept], tuple[str, ...]] = lambda concept: ()
+    unrelated: tuple[str, ...] = ()
+    prompts: Callable[..., list[Prompt]] | None = None
+    data: Callable[..., Any] | None = None
+
+
+class Model(ABC):
+    """An opened model of one family.
+
+    Attributes:
+        family: ``diffusion``, ``language``, ...
+        capabilities: Subset of ``generate, score, embed, classify, activations, gradients, controls``.
+        name: What the user asked for (``world``, a folder, a hub id).
+        companions: What a world registered beside it, or ``None``.
+        cost: Rows counted since the model was opened.
+        edits: The edits on the model (:class:`~expunge.edit.stack.EditStack`).
+    """
+
+    family: ClassVar[str] = ""
+    capabilities: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.companions: Companions | None = None
+        self.cost = Cost()
+        self.edits = EditStack(self)
+        self.controls: tuple[Control, ...] = ()
+
+    # -- parts and identity --------------------------------------------------------------------
+
+    @abstractmethod
+    def parts(self) -> Mapping[str, nn.Module]:
+        """Component name (``unet``, ``text_encoder``, ``model``, ...) -> module."""
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """Canonical tensor name -> parameter, for example ``unet.mid_block...to_k.weight``.
+
+        Canonical names leave out wrappers that differ between library versions.
+        """
+        found: dict[str, nn.Parameter] = {}
+        for part, module in self.parts().items():
+            for name, parameter in module.named_parameters():
+                found[f"{part}.{self.canonical(name)}"] = parameter
+        return found
+
+    @staticmethod
+    def canonical(name: str) -> str:
+        """A tensor's name without wrappers that come and go with library versions."""
+        return name.removeprefix("text_model.").replace(".base_layer.", ".")
+
+    def tensor(self, name: str) -> nn.Parameter:
+        """One parameter by canonical name.
+
+        Raises:
+            MissingPart: With the nearest existing name.
+        """
+        tensors = self.tensors()
+        if name not in tensors:
+            raise MissingPart(f"{self.name}: there is no tensor {name!r}{nearest(name, tensors)}")
+        return tensors[name]
+
+    def fingerprint(self, names: Sequence[str] = ()) -> Fingerprint:
+        """Identity of the base weights (edits lifted), for the components that ``names`` touch.
+
+        Without names all components are covered.
+        """
+        return fingerprint(self, names)
+
+    @property
+    def state(self) -> State:
+        """Base fingerprint and ordered digests of the edits on the model."""
+        return State(self.fingerprint().id, self.edits.digests)
+
+    # -- running -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def generate(
+        self, prompts: str | Prompt | Sequence[str | Prompt], *, seeds: Any = None, **options: Any
+    ) -> Outputs:
+        """Outputs for prompts: pictures ``uint8 (n, h, w, 3)`` or ``n`` texts."""
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[Model]:
+        """The same model with every edit and control taken off for a while; restored bit for bit."""
+        controls, self.controls = self.controls, ()
+        try:
+            with self.edits.lifted():
+                yield self
+        finally:
+            self.controls = controls
+
+    @contextlib.contextmanager
+    def controlled(self, *controls: Control) -> Iterator[Model]:
+        """The model with ``controls`` added after those already active."""
+        before, self.controls = self.controls, (*self.controls, *controls)
+        try:
+            yield self
+        finally:
+            self.controls = before
+
+    def needs(self, *capabilities: str) -> None:
+        """Refuse, in words, when a capability is missing."""
+        for capability in capabilities:
+            if capability not in self.capabilities:
+                raise MissingCapability(
+                    f"{self.name} ({self.family}) cannot {capability}; it can "
+                    f"{', '.join(sorted(self.capabilities))}"
+                )
+
+    def check_family(self, method: Method) -> None:
+        """Refuse a method that is not defined for this family."""
+        if self.family not in method.families:
+            raise UnsupportedModel(
+                f"{method.id} is defined for {', '.join(method.families)} models; "
+                f"{self.name} is a {self.family} model"
+            )

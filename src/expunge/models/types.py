@@ -1,0 +1,159 @@
+"""Row-wise records that methods and adapters exchange: Condition, Prediction, Context.
+
+A row is one element of a batch.  Methods never know a context length, a width or what a network
+predicts; they read these records.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedModel
+
+__all__ = ["Condition", "Context", "Prediction", "PredictionKind"]
+
+PredictionKind = Literal["epsilon", "v", "x0", "flow"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """What ``n`` rows are conditioned on.
+
+    Attributes:
+        embeddings: Text embeddings ``(n, tokens, width)``.
+        mask: ``(n, tokens)``, 1 where attended, or ``None`` where the pipeline uses no mask.
+        pooled: Pooled text vectors ``(n, pooled width)``, or ``None``.
+        extra: Further row-wise tensors by name (time ids, image embeddings, class labels).
+    """
+
+    embeddings: Tensor
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+    extra: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return int(self.embeddings.shape[0])
+
+    def map(self, function: Any) -> Condition:
+        """The condition with ``function`` applied to every tensor."""
+        return Condition(
+            function(self.embeddings),
+            None if self.mask is None else function(self.mask),
+            None if self.pooled is None else function(self.pooled),
+            {name: function(value) for name, value in self.extra.items()},
+        )
+
+    def select(self, index: Any) -> Condition:
+        """Rows by slice, list or index tensor."""
+        return self.map(lambda tensor: tensor[index])
+
+    def repeat(self, times: int) -> Condition:
+        """Each row ``times`` times in a row: rows 0, 0, ..., 1, 1, ..."""
+        return self.map(lambda tensor: tensor.repeat_interleave(times, 0))
+
+    def detach(self) -> Condition:
+        """Without gradient history."""
+        return self.map(lambda tensor: tensor.detach())
+
+    def with_embeddings(self, embeddings: Tensor) -> Condition:
+        """The same condition with other text embeddings."""
+        return dataclasses.replace(self, embeddings=embeddings)
+
+    @staticmethod
+    def concatenate(parts: Sequence[Condition]) -> Condition:
+        """Rows of several conditions of one layout, one after another."""
+        first = parts[0]
+        return Condition(
+            torch.cat([p.embeddings for p in parts]),
+            None if first.mask is None else torch.cat([p.mask for p in parts if p.mask is not None]),
+            None if first.pooled is None else torch.cat([p.pooled for p in parts if p.pooled is not None]),
+            {name: torch.cat([p.extra[name] for p in parts]) for name in first.extra},
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a denoiser said of ``n`` rows, typed, so that methods can ask for any form of it.
+
+    With ``x_t = alpha x_0 + sigma epsilon``: ``v = alpha epsilon - sigma x_0`` and, for flow matching
+    (``alpha = 1 - sigma``), ``flow = epsilon - x_0``.
+
+    Attributes:
+        kind: What ``value`` is.
+        value: ``(n, channels, height, width)``.
+        alpha, sigma: ``(n, 1, 1, 1)``.
+    """
+
+    kind: PredictionKind
+    value: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+    def x0(self, noised: Tensor) -> Tensor:
+        """The predicted clean latents, given the ``x_t`` the prediction was made for."""
+        if self.kind == "x0":
+            return self.value
+        if self.kind == "v":
+            scale = self.alpha.square() + self.sigma.square()
+            return (self.alpha * noised - self.sigma * self.value) / scale
+        if self.kind == "flow":
+            return (noised - self.sigma * self.value) / (self.alpha + self.sigma)
+        return (noised - self.sigma * self.value) / self.alpha
+
+    def epsilon(self, noised: Tensor) -> Tensor:
+        """The predicted noise, given the ``x_t`` the prediction was made for."""
+        if self.kind == "epsilon":
+            return self.value
+        return (noised - self.alpha * self.x0(noised)) / self.sigma
+
+    def velocity(self, noised: Tensor) -> Tensor:
+        """The predicted ``v``."""
+        if self.kind == "v":
+            return self.value
+        return self.alpha * self.epsilon(noised) - self.sigma * self.x0(noised)
+
+    def replace(self, value: Tensor) -> Prediction:
+        """The same kind of prediction with another value."""
+        return dataclasses.replace(self, value=value)
+
+    def select(self, index: Any) -> Prediction:
+        """Rows by slice or index."""
+        return Prediction(self.kind, self.value[index], self.alpha[index], self.sigma[index])
+
+    def guided(self, unconditional: Prediction, guidance: Tensor) -> Prediction:
+        """Classifier-free guidance ``u + g (c - u)`` with a guidance per row, ``(n, 1, 1, 1)``."""
+        if self.kind != unconditional.kind:
+            raise UnsupportedModel(f"a {self.kind} and a {unconditional.kind} prediction cannot be mixed")
+        return self.replace(unconditional.value + guidance * (self.value - unconditional.value))
+
+
+@dataclasses.dataclass
+class Context:
+    """What a control may know of the running step.
+
+    Attributes:
+        step: Index of the sampling step, 0-based; -1 outside a sampling loop.
+        steps: Number of sampling steps; 0 outside a sampling loop.
+        timestep: ``(rows,)`` timesteps of the rows.
+        condition: The rows' condition.
+        rows: Number of rows.
+        conditional: bool ``(rows,)``: rows of the conditional branch of guidance.
+        layer: Name of the layer that is running, for ``attention`` and ``activations``.
+        memory: A place for controls to keep what lasts over the steps, keyed by control.
+    """
+
+    step: int = -1
+    steps: int = 0
+    timestep: Tensor | None = None
+    condition: Condition | None = None
+    rows: int = 0
+    conditional: Tensor | None = None
+    layer: str = ""
+    memory: dict[Any, Any] = dataclasses.field(default_factory=dict)

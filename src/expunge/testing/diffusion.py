@@ -1,0 +1,87 @@
+"""A tiny random Stable Diffusion pipeline: real library classes, made in milliseconds, nothing downloaded.
+
+It draws nothing meaningful.  It is for mechanics: names and shapes of layers, identities, hooks, costs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..models.diffusion import DiffusionModel
+
+__all__ = ["tiny_diffusion", "tiny_tokenizer"]
+
+LENGTH, WIDTH = 16, 32
+
+
+@cache
+def _tokenizer_parts() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
+    from tokenizers import pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ("a", "red", "blue", "green", "star", "circle", "square", "heart", "striped", "plain", "photo", "of")
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            pair = (parts[0], parts[1])
+            if pair not in merges:
+                merges.append(pair)
+            parts[:2] = ["".join(pair)]
+    tokens = [*letters, *(x + "</w>" for x in letters), *("".join(m) for m in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {t: i for i, t in enumerate(dict.fromkeys(tokens))}, tuple(merges)
+
+
+def tiny_tokenizer() -> Any:
+    """A CLIPTokenizer over bytes in which a dozen words are single tokens; context of 16 tokens."""
+    from transformers import CLIPTokenizer
+
+    vocab, merges = _tokenizer_parts()
+    end = "<|endoftext|>"
+    return CLIPTokenizer(
+        vocab=dict(vocab), merges=list(merges), bos_token="<|startoftext|>", eos_token=end, pad_token=end,
+        unk_token=end, model_max_length=LENGTH,
+    )  # fmt: skip
+
+
+def tiny_diffusion(
+    seed: int = 0, dtype: torch.dtype = torch.float32, prediction_type: str = "epsilon"
+) -> DiffusionModel:
+    """A random SD-like model: 8 x 8 latents, 16 x 16 pictures, text width 32, 16 tokens, 4 default steps."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=WIDTH, attention_head_dim=2, norm_num_groups=8,
+        )  # fmt: skip
+        vae = AutoencoderKL(
+            block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=16,
+        )  # fmt: skip
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2,
+                num_attention_heads=2, max_position_embeddings=LENGTH, bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+        )
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet,
+        scheduler=DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+            set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type,
+        ),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.to(dtype)
+    return DiffusionModel(pipeline, "tiny", steps=4, guidance=3.0)

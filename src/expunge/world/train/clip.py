@@ -1,0 +1,122 @@
+"""Trains the CLIP whose text tower conditions the diffusion models.
+
+    python -m expunge.world.train.clip
+
+Contrastive loss in both directions with a learned temperature.  Captions that occur twice in a batch are not
+negatives of each other.  In a third of the rows the text is summarised at a random padding position instead
+of the end-of-text token: the tower is causal, so padding sees the whole prompt, and diffusion models attend
+to it as they do in large CLIP towers.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from expunge.world.train import common
+from expunge.world.train.data import pool
+
+PAD_SHARE = 0.3
+
+
+def build(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """The untrained model: text width 256, 4 layers; vision in patches of 8 pixels."""
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "max_position_embeddings": tokenizer.model_max_length,
+        "projection_dim": 128,
+        **special,
+    }
+    vision = {
+        "hidden_size": 144,
+        "intermediate_size": 432,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": 64,
+        "patch_size": 8,
+        "projection_dim": 128,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+
+
+def text_vectors(model: CLIPModel, ids: Tensor, where: Tensor) -> Tensor:
+    """Projected text vectors (n, 128) read at the given positions (n,)."""
+    hidden = model.text_model(input_ids=ids).last_hidden_state
+    return model.text_projection(hidden[torch.arange(len(ids)), where])
+
+
+def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric cross-entropy and the share of pictures matched to their own caption.
+
+    `same` (n, n) marks rows with equal captions; off the diagonal they are left out.
+    """
+    image, text = nn.functional.normalize(image, dim=-1), nn.functional.normalize(text, dim=-1)
+    logits = scale.exp().clamp(max=100) * image @ text.T
+    others = same & ~torch.eye(len(same), dtype=torch.bool)
+    logits = logits.masked_fill(others, -1e4)
+    aim = torch.arange(len(logits))
+    loss = (nn.functional.cross_entropy(logits, aim) + nn.functional.cross_entropy(logits.T, aim)) / 2
+    return loss, (logits.argmax(1) == aim).float().mean()
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Pictures in 0..1 as the vision tower wants them: -1..1."""
+    return images * 2 - 1
+
+
+def main() -> None:
+    """Train and write the weights."""
+    parser = common.arguments(__doc__ or "", steps=1500, batch=128, lr=1e-3)
+    parser.add_argument("--pictures", type=int, default=40_000, help="training pictures")
+    train(parser.parse_args())
+
+
+def train(options: argparse.Namespace) -> None:
+    """The recipe."""
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    tokenizer = CLIPTokenizer.from_pretrained(str(options.out / "tokenizer"))
+    data = pool(options.cache, "clean-world", options.pictures, start=1_000_000)
+    made = tokenizer(data.captions, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+    ids, length = made.input_ids, made.attention_mask.sum(1)
+    model = build(tokenizer)
+    training = common.Training("clip", model, options, ema=0.995, warmup=100, weight_decay=0.05, betas=(0.9, 0.98))
+
+    def loss_of(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = common.batch_indices(step, options.batch, len(data), options.seed)
+        images = common.shifted(common.as_float(data.images[rows], channels_last=False), generator)
+        tokens, end = ids[rows], length[rows] - 1
+        room = tokens.shape[1] - 1 - end
+        later = end + 1 + (torch.rand(len(rows), generator=generator) * room).long()
+        padded = (torch.rand(len(rows), generator=generator) < PAD_SHARE) & (room > 0)
+        where = torch.where(padded, later.clamp(max=tokens.shape[1] - 1), end)
+        cut = int(where.max()) + 1
+        vision = model.visual_projection(model.vision_model(pixel_values=normalised(images)).pooler_output)
+        text = text_vectors(model, tokens[:, :cut], where)
+        same = (tokens[:, None] == tokens[None]).all(-1)
+        loss, right = contrastive_loss(vision, text, model.logit_scale, same)
+        return loss, {"matched": float(right.detach())}
+
+    def write() -> None:
+        finished = build(tokenizer)
+        finished.load_state_dict(training.ema)
+        finished.eval().half().save_pretrained(options.out / "clip")
+
+    training.run(loss_of, on_save=write)
+    write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Every token policy on hand-made and real token rows, empty guides, and streaming."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from expunge.core.token_policy import (
+    POLICIES,
+    accumulate,
+    kept_rows,
+    paired_rows,
+    span,
+    stream_pairs,
+    stream_rows,
+)
+from expunge.errors import PromptError, SettingError
+from expunge.testing import tiny_diffusion
+
+CLIP = SimpleNamespace(bos_token_id=90, eos_token_id=91, pad_token_id=91)
+OPEN_CLIP = SimpleNamespace(bos_token_id=90, eos_token_id=91, pad_token_id=0)
+T5 = SimpleNamespace(bos_token_id=None, eos_token_id=1, pad_token_id=0)
+LENGTH = 10
+
+
+def clip(*content: int):
+    ids = [90, *content, 91]
+    return span(CLIP, ids + [91] * (LENGTH - len(ids)))
+
+
+def test_start_content_and_end_are_found_whatever_the_tokenizer():
+    text = clip(5, 6, 7)
+    assert (text.first, text.last, text.end, text.content) == (1, 3, 4, (5, 6, 7))
+    zero_padded = span(OPEN_CLIP, [90, 5, 6, 91, 0, 0])
+    assert (zero_padded.first, zero_padded.last, zero_padded.end) == (1, 2, 3)
+    sentence_piece = span(T5, [5, 6, 1, 0, 0])
+    assert (sentence_piece.first, sentence_piece.last, sentence_piece.end) == (0, 1, 2)
+    full = span(T5, [5, 6, 7])  # cut at the context length: no end token is left
+    assert (full.first, full.last, full.end) == (0, 2, 3)
+    assert span(T5, [1, 0, 0]).last == 0
+
+
+def test_an_empty_text_counts_with_its_start_row():
+    empty = clip()
+    assert (empty.first, empty.last, empty.end, empty.content) == (1, 0, 1, ())
+    assert paired_rows("last_token", clip(5, 6), empty) == ([2], [0])
+    assert kept_rows("last_token", empty) == [0]
+
+
+def test_rows_from_the_last_content_to_the_end_are_aligned():
+    # i = 3, k = 1, m = 3: old [3 : 10), new [1 : 8).
+    assert paired_rows("last_token_to_end_aligned", clip(5, 6, 7), clip(8)) == (
+        list(range(3, 10)),
+        list(range(1, 8)),
+    )
+    # The other way round, i = 1, k = 3: old [1 : 8), new [3 : 10).
+    assert paired_rows("last_token_to_end_aligned", clip(8), clip(5, 6, 7)) == (
+        list(range(1, 8)),
+        list(range(3, 10)),
+    )
+    # Empty guide, k = 0: the start row pairs with the last content row.
+    old, new = paired_rows("last_token_to_end_aligned", clip(5, 6), clip())
+    assert (old, new) == (list(range(2, 10)), list(range(0, 8)))
+
+
+def test_the_other_policies():
+    long, short = clip(5, 6, 7), clip(8)
+    assert paired_rows("last_token", long, short) == ([3], [1])
+    assert paired_rows("all_rows", long, short) == (list(range(10)), list(range(10)))
+    assert paired_rows("eot_only", long, short) == ([4], [2])
+    assert paired_rows("keyword_tokens", long, short) == ([1, 2, 3], [9, 9, 9])
+    assert paired_rows("keyword_tokens", long, short, keyword=[6, 7]) == ([2, 3], [9, 9])
+    assert paired_rows("keyword_tokens", clip(6, 5, 6), short, keyword=[6])[0] == [1, 3]
+    with pytest.raises(PromptError, match="keyword"):
+        paired_rows("keyword_tokens", long, short, keyword=[7, 6])
+    with pytest.raises(SettingError, match="last_token"):
+        paired_rows("last_tokens", long, short)
+
+
+def test_kept_texts_give_one_row_or_all():
+    assert kept_rows("last_token", clip(5, 6)) == [2]
+    for policy in POLICIES[1:]:
+        assert kept_rows(policy, clip(5, 6)) == list(range(LENGTH))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_diffusion()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_streamed_rows_are_the_rows_of_the_encoded_texts(model, policy, monkeypatch):
+    pairs = [("red star", "circle"), ("star", ""), ("a blue heart", "a plain photo of")]
+    wanted = []
+    for old, new in pairs:
+        spans = [span(model.tokenizer, ids.tolist()) for ids in model.token_ids([old, new])]
+        rows = model.encode([old, new]).embeddings
+        a, b = paired_rows(policy, *spans)
+        wanted.append((rows[0, a], rows[1, b]))
+    monkeypatch.setattr("expunge.core.token_policy.CHUNK", 2)
+    blocks = list(stream_pairs(model, pairs, policy))
+    assert [len(block.sizes) for block in blocks] == [2, 1]
+    for column, name in enumerate(("sources", "targets")):
+        found = torch.cat([getattr(block, name) for block in blocks])
+        assert torch.allclose(found, torch.cat([w[column] for w in wanted]), atol=1e-5)
+    sizes = [size for block in blocks for size in block.sizes]
+    assert sizes == [len(w[0]) for w in wanted]
+
+
+def test_memory_of_texts_is_not_kept_in_the_model(model):
+    before = len(model._texts)
+    accumulate(model, 32, [(f"star {i}", "") for i in range(40)], ["red"], "last_token", erase=1.0, keep=1.0)
+    assert len(model._texts) == before
+
+
+def test_moments_of_texts_count_rows_and_scales(model):
+    pairs, kept = [("star", "circle"), ("red star", "")], ["heart", "square"]
+    one = accumulate(model, 32, pairs, kept, "last_token", erase=2.0, keep=0.5)
+    assert (one.erase_rows, one.keep_rows) == (2, 2)
+    rows = torch.cat(list(stream_rows(model, kept, "last_token"))).double()
+    assert torch.allclose(one.kept, 0.5 * rows.T @ rows)
+    whole = accumulate(model, 32, pairs, kept, "all_rows", erase=1.0, keep=1.0)
+    assert (whole.erase_rows, whole.keep_rows) == (32, 32)
