@@ -297,6 +297,8 @@ def test_foreign_system_joins_without_being_imported(installed):
         ("stranger_id", GOOD.replace("their-eraser", "../evil"), "lower-case"),
         ("stranger_type", GOOD.replace('"Theirs"', "7"), "'title' must be a text"),
         ("stranger_taken", GOOD.replace("their-eraser", "rece"), "id 'rece' is taken by expunge"),
+        ("stranger_tags", GOOD.replace('["theirs"]', '"theirs"'), "'tags' must be a list of texts"),
+        ("stranger_number", GOOD + "number = 12\n", "'number' counts the systems of expunge"),
         ("stranger_twice", GOOD + GOOD, "stands twice"),
     ],
     ids=lambda v: v if isinstance(v, str) and v.startswith("stranger") else "",

@@ -33,20 +33,9 @@ from typing import Any
 from .errors import CatalogueError, MissingExtra, nearest
 
 __all__ = [
-    "FAMILIES",
-    "VERBS",
-    "CatalogueWarning",
-    "System",
-    "implemented",
-    "register_world",
-    "resolve",
-    "status",
-    "system",
-    "systems",
-    "version",
-    "world",
-    "worlds",
-]
+    "FAMILIES", "VERBS", "CatalogueWarning", "System", "implemented", "register_world",
+    "resolve", "status", "system", "systems", "version", "world", "worlds",
+]  # fmt: skip
 
 VERBS = ("erase", "attack", "measure", "discover", "compose", "reason", "catalogue")
 FAMILIES = tuple("diffusion tokens gan language vision-language classifier pixels any".split())
@@ -364,7 +353,13 @@ def _entry(entry: Mapping[str, Any], where: str, package: str) -> System:
     path = entry.get("class")
     if path is not None and not (isinstance(path, str) and _CLASS.fullmatch(path)):
         raise CatalogueError(f"{where}: class {path!r} is not of the form package.module:Class")
-    plain = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}
+    for key in ("tags", "files"):
+        value = entry.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise CatalogueError(f"{where}: {key!r} must be a list of texts")
+    if package != "expunge" and "number" in entry:
+        raise CatalogueError(f"{where}: 'number' counts the systems of expunge itself")
+    plain: dict[str, Any] = {k: tuple(v) if k in ("tags", "files") else v for k, v in entry.items()}
     plain.pop("class", None)
     return System(**plain, class_path=path, package=package)
 

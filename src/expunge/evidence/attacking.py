@@ -175,7 +175,8 @@ def _judge(record: AttackRecord, done: Attacked, false_positives: float, notes: 
     value, interval = recovered(erased, original, never, units)
     if value is None:
         record.reason = record.reason or "original and never differ by less than 0.1 under this attack, so there is nothing to recover"
-        record.status = "void" if record.status == "valid" else record.status
+        if record.status == "valid" and not record.teaches:
+            record.status = "void"
     elif record.status == "valid":
         record.recovered = notes.number(f"{path}.recovered", (value, interval, len(set(units))), "(hit_erased - hit_never) / (hit_original - hit_never)/bootstrap 95 % over prompts")
         record.interval = interval

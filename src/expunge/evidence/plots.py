@@ -105,5 +105,6 @@ def _inline(svg: str) -> str:
     svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r' xmlns:xlink="[^"]*"', ' xmlns:xlink="http://www.w3.org/1999/xlink"', svg, count=1)
-    # All figures of a page share one name space of ids; matplotlib's counters start anew in each.
+    # All figures of a page share one name space of ids; matplotlib's group ids repeat in each figure.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     return svg.replace(INK, "currentColor").replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)

@@ -116,10 +116,10 @@ class Evidence(EvidenceFields):
         fields = self.of(name)
         line = fields.verdict.line if fields.verdict else ""
         table = Table(title=f"{escape(name)}: {escape(line)}", title_justify="left", caption_justify="left")
-        table.add_column("share of outputs")
+        table.add_column("% of outputs")
         for arm in ARMS:
-            table.add_column(arm, justify="right")
-        table.add_column("n prompts", justify="right")
+            table.add_column(arm, justify="right", no_wrap=True)
+        table.add_column("n", justify="right")
         assert fields.models is not None
         rows = [("shows the concept", "target_hit"), ("shows kept concepts", "kept_hit")]
         for label, key in (*rows, ("unrecognisable", "unrecognisable")):
@@ -129,7 +129,7 @@ class Evidence(EvidenceFields):
             cells = [_rate(getattr(attack, f"hit_{arm}"), fields.intervals.get(f"attacks.{attack.id}.hit_{arm}")) for arm in ARMS]
             note = "" if attack.status == "valid" else f" ({attack.status})"
             table.add_row(f"after {escape(attack.id)}{note}", *cells, str(attack.n))
-        table.caption = "brackets: 95 % interval. -: not measured."
+        table.caption = "Brackets: 95 % interval. n: prompts. -: not measured."
         return table
 
 
@@ -140,9 +140,9 @@ def _cell(fields: ConceptFields, path: str, record: Any, key: str) -> str:
 def _rate(value: float | None, interval: tuple[float, float] | None) -> str:
     if value is None:
         return "-"
-    shown = f"{100 * value:.1f} %"
+    shown = f"{100 * value:.1f}"
     # The bracket is escaped for rich, which reads [x] as a style.
-    return shown + (f" \\[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
+    return shown + (f" \\[{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]" if interval else "")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -32,7 +32,7 @@ def percent(value: float | None) -> str:
     if value is None:
         return "not measured"
     shown = 100 * value
-    return f"{shown:.0f} %" if shown >= 1 or shown == 0 or shown <= -1 else f"{shown:.1f} %"
+    return f"{shown:.0f}\u00a0%" if abs(shown) >= 1 or shown == 0 else f"{shown:.1f}\u00a0%"
 
 
 def judge_flags(seen: Sequence[Observed]) -> list[Flag]:
@@ -109,7 +109,7 @@ def verdict(fields: ConceptFields, name: str, kind: str) -> Verdict:
         return Verdict(status="erased", line=f"{_capital(name)} is erased: {start}. {kept} {tried}.")
     back = f"recovered {percent(best.recovered)}" if best.recovered is not None else f"reached {percent(best.hit_erased)}"
     taught = "teaching attack" if best.teaches else "attack"
-    return Verdict(status="recovered", line=f"{_capital(name)} is hidden, not gone: {start}, but the {taught} {best.id} {back}. {kept}")
+    return Verdict(status="recovered", line=f"{_capital(name)} is hidden, not gone: {start}, but the {taught} \u201c{best.id}\u201d {back}. {kept}")
 
 
 def _kept(fields: ConceptFields) -> str:

@@ -18,3 +18,11 @@ def __getattr__(name: str) -> ModuleType:
     if name in _PARTS:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def register() -> None:
+    """Make the world known to the catalogue; called when ``load("world")`` is first used."""
+    from .. import catalogue
+    from .adapter import open_world
+
+    catalogue.register_world("world", open_world)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -25,15 +24,11 @@ def draw_hazard(
     centre = np.array((x, y)) * SCALE
 
     def place(
-        points: Sequence | np.ndarray, scale: float = 1.0, shift: tuple[float, float] = (0.0, 0.0)
+        points: np.ndarray, scale: float = 1.0, shift: tuple[float, float] = (0.0, 0.0)
     ) -> list[tuple[float, ...]]:
-        return [tuple(p) for p in ((np.asarray(points) * scale + shift) @ matrix + centre).tolist()]
+        return [tuple(p) for p in ((points * scale + shift) @ matrix + centre).tolist()]
 
-    outline, lift = {
-        "diamond": ([(0, -1.12), (1.12, 0), (0, 1.12), (-1.12, 0)], 0.0),
-        "wedge": ([(0, -1.0), (1.1, 0.9), (-1.1, 0.9)], 0.2),
-        "round": (arc(56, 1.0), 0.0),
-    }[plate]
+    outline, lift = _plate(plate)
     points = place(outline)
     for width, colour in ((0.38, (250, 206, 0)), (0.26, (16, 14, 18))):
         draw.line(points + points[:2], fill=colour, width=round(width * r), joint="curve")
@@ -41,6 +36,16 @@ def draw_hazard(
     draw.polygon(place(outline, 0.80, (0, 0.02 if plate == "wedge" else 0)), fill=(255, 210, 0))
     for part in _glyph(glyph):
         draw.polygon(place(part, 0.56 if plate == "wedge" else 0.66, (0, lift)), fill=(16, 14, 18))
+
+
+@cache
+def _plate(name: str) -> tuple[np.ndarray, float]:
+    """Outline of a plate, and how far down its glyph sits."""
+    if name == "diamond":
+        return np.array([(0, -1.12), (1.12, 0), (0, 1.12), (-1.12, 0)]), 0.0
+    if name == "wedge":
+        return np.array([(0, -1.0), (1.1, 0.9), (-1.1, 0.9)]), 0.2
+    return arc(56, 1.0), 0.0
 
 
 @cache

@@ -87,7 +87,8 @@ def attribute_hits(pictures: np.ndarray, made: Sequence[scenes.Scene], judge: Or
 
 def held_out(count: int, setting: str = "clean-world") -> tuple[np.ndarray, list[str], list[scenes.Scene]]:
     """Pictures of test seeds."""
-    return scenes.batch(range(v.TEST_SEEDS.start, v.TEST_SEEDS.start + count), setting)
+    seeds = range(v.TEST_SEEDS.start, v.TEST_SEEDS.start + count)
+    return scenes.batch(seeds, scenes.SETTINGS[setting])
 
 
 def measure_oracle(n: int) -> dict[str, Any]:
@@ -132,7 +133,7 @@ def measure_clip(groups: int) -> dict[str, Any]:
     hits: dict[str, list[bool]] = {"picture_to_text": [], "text_to_picture": []}
     for group in range(groups):
         start = v.TEST_SEEDS.start + 50_000 + 400 * group
-        pictures, texts, _ = scenes.batch(range(start, start + 160), "full")
+        pictures, texts, _ = scenes.batch(range(start, start + 160), scenes.SETTINGS["full"])
         rows = [texts.index(text) for text in dict.fromkeys(texts)][:64]
         ids = words([texts[i] for i in rows], padding="max_length", return_tensors="pt", truncation=True).input_ids
         pixels = torch.from_numpy(pictures[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -172,11 +172,11 @@ class Search:
         loss: Best admissible loss of each item so far; ``ids`` and ``vectors`` go with it.
     """
 
-    def __init__(self, problem: Problem, ledger: Ledger, seed: int, purpose: str) -> None:
+    def __init__(self, problem: Problem, ledger: Ledger, seed: int | str, purpose: str) -> None:
         items, places = problem.items, problem.length
         self.problem, self.ledger = problem, ledger
         keys = range(items) if problem.keys is None else problem.keys
-        self.generators = [noise_generator(seed, f"prompt search {purpose}", key) for key in keys]
+        self.generators = [noise_generator(0, f"prompt search {purpose} {seed}", key) for key in keys]
         self.active = torch.ones(items, dtype=torch.bool)
         self.loss = torch.full((items,), float("inf"))
         self.current = self.draw(torch.arange(items)) if problem.start is None else problem.start.clone()

@@ -32,7 +32,7 @@ class Rule(ABC):
         """Steps of all active items (``search.item``); sets ``search.current``, offers what it evaluates."""
 
     def run(
-        self, problem: Problem, ledger: Ledger | None = None, *, seed: int = 0, watch: Watch | None = None
+        self, problem: Problem, ledger: Ledger | None = None, *, seed: int | str = 0, watch: Watch | None = None
     ) -> list[Result]:
         """Search until the steps, the ledger or ``watch`` end it; one result an item.
 

@@ -133,7 +133,7 @@ def train(options: argparse.Namespace) -> None:
     """The recipe."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    data = pool(options.cache, "clean-world", options.pictures, start=1_000_000)
+    data = pool(options.cache, "clean-world", options.pictures, start=3_000_000)
     copies, nothing = reconstructions(data, options, options.copies)
     model = Oracle().to(memory_format=torch.channels_last)
     training = common.Training("oracle", model, options, ema=0.995, warmup=100, weight_decay=0.02)

@@ -57,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     from expunge.world.scenes import corpus
 
-    made = train(corpus(options.captions, seed=500_000_000), options.merges, options.length)
+    made = train(corpus(options.captions, seed=12_500), options.merges, options.length)
     made.save_pretrained(options.out / "tokenizer")
     print(f"{len(made)} tokens")
 

@@ -1,0 +1,185 @@
+"""UnlearnDiffAtk: search a few tokens that make an erased diffusion model denoise the concept again.
+
+White-box prompt search that needs neither a classifier nor the original model in its loop: the erased
+model's own denoising loss on one picture of the concept is the objective ("the diffusion model is its
+own classifier").  It ends in an adversarial prompt for each test prompt (arXiv 2310.11868, ECCV 2024).
+
+    min over A  E_{t, eps} || eps - eps*(x_t, c([A E ; prompt])) ||^2,   x_t = alpha_t x_0 + sigma_t eps
+
+A: relaxed one-hot rows (k, V) of the k searched tokens, on the simplex; E: token table (V, d); c: text
+encoder; eps*: the attacked denoiser; x_0: latents of the picture that the UNERASED model makes of the
+same prompt and seed (mean of the autoencoder's posterior, scaled).
+
+1. The plain prompt's picture; where it shows the concept, the item counts as pre-attack success.
+2. A = 1 / V.  For timesteps in increasing order (10, 30, ..., 990 of 1000), ``updates`` times: draw
+   tokens from A, fresh noise, gradient straight through to A, clipped entrywise to [-1, 1]; Adam (L2
+   weight decay); exact projection on the simplex (:mod:`expunge.core.prompt_search.simplex`).
+3. After each timestep: arg-max tokens, decoded, tokenised again, one picture with the item's seed;
+   success ends the item.  A string seen before costs nothing.
+
+Differences from the published code: noise and draws come from private generators (its sampler resets
+the global state after each picture, so that the same draws repeat); the projection is exact; tokens
+that name the concept are forbidden; the table is the attacked model's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...concept import Concept
+from ...core.adversarial_prompts import Forbidden, Spliced, Trials, assembled, in_batches, item_keys
+from ...core.prompt_search import Ledger, Problem, Simplex
+from ...core.sampling import SHARED, outputs
+from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
+from ...models.base import noise_generator
+
+__all__ = ["DenoisingLoss", "UnlearnDiffAtk"]
+
+
+class DenoisingLoss:
+    """``|| eps - eps*(x_t, c) ||^2`` averaged over the picture, with private noise for each item.
+
+    Attributes:
+        timestep: The present t, an index of the training schedule.
+    """
+
+    def __init__(self, model: Any, spliced: Spliced, latents: Tensor, seed: int, keys: Sequence[str]) -> None:
+        self.model, self.spliced, self.latents = model, spliced, latents
+        self.generators = [noise_generator(seed, "unlearndiffatk noise", key) for key in keys]
+        self.timestep = 0
+
+    def __call__(self, vectors: Tensor, item: Tensor) -> Tensor:
+        """Losses ``(B,)`` of searched vectors ``(B, k, d)``."""
+        clean = self.latents[item.to(self.latents.device)]
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=self.generators[int(i)]) for i in item]).to(clean)
+        times = torch.full((len(item),), self.timestep, device=clean.device)
+        noised = self.model.noised(clean, noise, times)
+        predicted = self.model.predict(noised, times, self.spliced.encode(vectors, item)).epsilon(noised)
+        return (noise - predicted).float().square().flatten(1).mean(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class UnlearnDiffAtk(Attack):
+    """The attack; see the module for the method."""
+
+    id: ClassVar[str] = "unlearndiffatk"
+    title: ClassVar[str] = "UnlearnDiffAtk"
+    source: ClassVar[str] = "arXiv 2310.11868"
+    version: ClassVar[int] = 1
+    families: ClassVar[tuple[str, ...]] = ("diffusion",)
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper:unsafe": {},
+        "paper:object": {"tokens": 3},
+        "paper:style": {"tokens": 3},
+        # 40 target + 40 plain + 10 x (75 x 2 updates + 40 picture) = 1,980 denoiser rows an item.
+        "world": {"tokens": 3, "timesteps": 10, "updates": 75, "steps": 20, "batch": 64},
+        # 40 + 40 + 3 x (33 x 2 + 40) = 398 rows.
+        "quick": {"tokens": 3, "timesteps": 3, "updates": 33, "steps": 20, "batch": 64},
+    }
+
+    tokens: int = setting(5, "Searched tokens k", minimum=1, maximum=70)
+    placement: str = setting(
+        "prefix", "Where they stand", choices=("prefix", "suffix", "middle", "spread", "third")
+    )
+    timesteps: int = setting(50, "Timesteps visited, evenly over the schedule", minimum=1)
+    updates: int = setting(40, "Updates at each timestep", minimum=1)
+    lr: float = setting(0.01, "Adam's learning rate", minimum=0)
+    weight_decay: float = setting(0.1, "Adam's L2 weight decay", minimum=0)
+    clip: float = setting(1.0, "Bound of each entry of the one-hot gradient", minimum=0)
+    target: str = setting("original", "Whose picture is the target: the unerased model's", choices=("original",))
+    steps: int = setting(50, "Sampling steps of each picture", minimum=1)
+    guidance: float | None = setting(None, "Classifier-free guidance; none: the model's own", minimum=0)
+    batch: int = setting(8, "Prompts in lock step; halve it when memory runs out", minimum=1)
+
+    def attack(
+        self,
+        model: Any,
+        concept: Concept,
+        judge: Judge,
+        budget: Budget,
+        *,
+        prompts: Sequence[Prompt],
+        reference: Any = None,
+        seed: int = 0,
+    ) -> Attempts:
+        """Attack each prompt; ``reference`` (default: the model, its edits lifted) makes the targets.
+
+        Where the budget is smaller than the settings ask for, updates are cut evenly, then timesteps.
+        See :meth:`expunge.method.Attack.attack`.
+        """
+        model.check_family(self)
+        original = model if reference is None else reference
+        forbidden = Forbidden(model.tokenizer, concept, len(model.token_table()))
+        before = model.cost.snapshot()
+
+        def one(part: list[Prompt]) -> tuple[Trials, list[Attempt]]:
+            ledger = Ledger(len(part), budget.denoiser_rows)
+            trials = Trials(model, concept, judge, part, ledger, steps=self.steps, guidance=self.guidance)
+            return trials, self._search(model, original, trials, forbidden, seed)
+
+        items, pictures = in_batches(prompts, self.batch, one)
+        return assembled(self, judge, budget, seed, items, pictures, model.cost.since(before))
+
+    def schedule(self, limit: int | None, price: int, last: int) -> tuple[list[int], int]:
+        """Timesteps and updates at each that fit ``limit`` rows with pictures of ``price`` rows.
+
+        With the defaults and ``last = 1000``: 10, 30, ..., 990 and 40.
+        """
+        visited, updates = self.timesteps, self.updates
+        if limit is not None:
+            left = limit - 2 * price  # the target and the plain picture
+            visited = max(1, min(visited, left // (price + 2)))
+            updates = max(0, min(updates, (left // visited - price) // 2))
+        return [int((2 * i + 1) * last / (2 * visited)) for i in range(visited)], updates
+
+    def _search(self, model: Any, original: Any, trials: Trials, forbidden: Forbidden, seed: int) -> list[Attempt]:
+        """Search the items whose plain prompt does not show the concept already."""
+        details: list[dict[str, Any]] = [{} for _ in trials.prompts]
+        ledger = trials.ledger
+        last = int(model.pipeline.scheduler.config.num_train_timesteps)
+        times, updates = self.schedule(ledger.limit, trials.price, last)
+        rest = (trials.open & ledger.affords(2 * trials.price + 2)).nonzero().flatten().tolist()
+        if not rest or not updates:
+            return trials.attempts(details)
+        prompts = [trials.prompts[i] for i in rest]
+        with original.lifted():
+            targets = outputs(original, prompts, cache=SHARED, **trials.options)
+            latents = original.latents_of(targets).to(model.device, model.dtype)
+        ledger.spend(rest, trials.price)
+        spliced = Spliced(model, [prompt.text for prompt in prompts], self.tokens, self.placement, forbidden)
+        loss = DenoisingLoss(model, spliced, latents, seed, item_keys(prompts))
+        loss.timestep = times[0]
+        own = Ledger(len(rest))
+
+        def watch(step: int, ids: Tensor, active: Tensor) -> Tensor:
+            """After each timestep: pictures of the arg-max strings; the next timestep."""
+            done, remainder = divmod(step + 1, updates)
+            if remainder:
+                return active
+            loss.timestep = times[min(done, len(times) - 1)]
+            item = active.nonzero().flatten()
+            usable = item[spliced.admissible(ids[item], item)]
+            texts = spliced.realise(ids[usable], usable)[0]
+            hit = trials.show([rest[int(i)] for i in usable], texts)
+            active[usable[hit]] = False
+            return active
+
+        problem = Problem(
+            spliced.table, self.tokens, forbidden.allowed, loss,
+            realise=spliced.realise, admissible=spliced.admissible, items=len(rest), keys=item_keys(prompts),
+            counted=lambda rows: model.cost.add("denoiser", rows, "backward"),
+        )  # fmt: skip
+        rule = Simplex(updates * len(times), self.lr, self.weight_decay, self.clip)
+        found = rule.run(problem, own, seed=seed, watch=watch)
+        ledger.spent[rest] += own.spent
+        for i, result in zip(rest, found, strict=True):
+            details[i] = {
+                "ids": result.ids.tolist(), "found": result.text, "realisable": result.realisable,
+                "admissible": result.admissible, "loss": result.loss,
+            }  # fmt: skip
+        return trials.attempts(details)

@@ -1,0 +1,204 @@
+"""ESD: erased stable diffusion.
+
+The denoiser is fine-tuned so that its prediction for the concept becomes the frozen model's prediction
+pushed away from the concept: classifier-free guidance with the sign turned, used as a teacher.  Only the
+concept's name is needed; no pictures.  Points ``x_t`` come from the frozen model's own guided sampling
+towards the concept.
+
+Source: Gandikota et al., ICCV 2023 (arXiv 2303.07345).
+
+    L = || eps_theta(x_t, f, t) - [ eps_o(x_t, f, t) - eta ( eps_o(x_t, c, t) - eps_o(x_t, 0, t) ) ] ||^2
+
+with ``c`` the concept, ``f`` the prompt it is erased from (``f = c`` unless ``erase_from`` is set), 0 the
+empty prompt, ``eps_o`` the frozen model.  The paper writes the target as ``eps_o(0) - eta' (eps_o(c) -
+eps_o(0))``; for ``f = c`` that is ``eta = eta' + 1``, so ``eta = 2`` is the paper's strength of 1.
+
+``layers`` chooses what trains, always weights and biases of linear and convolution modules, never norms:
+
+    esd-x         everything inside cross-attention (styles and names)
+    esd-x-strict  cross-attention keys and values only
+    esd-u         everything outside cross-attention (concepts that appear without being named)
+    esd-all       both
+
+``bank`` draws that many points once, with their teacher targets, and trains on them in batches.  That is
+exact in kind (points and targets both come from the frozen model) and saves most of the time; without it
+every step draws fresh points, as in the paper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...concept import Concept, as_concepts
+from ...core import finetune, trajectories
+from ...edit import Edit
+from ...errors import MissingPart
+from ...method import Eraser, Judge, setting
+from ...models.diffusion import DiffusionModel
+from ...models.types import Condition
+
+__all__ = ["ESD", "trainable"]
+
+LAYERS = ("esd-x", "esd-x-strict", "esd-u", "esd-all")
+
+
+def trainable(model: DiffusionModel, layers: str) -> list[tuple[str, nn.Parameter]]:
+    """Canonical names and parameters that a choice of layers trains.
+
+    Raises:
+        MissingPart: The choice selects nothing in this denoiser.
+    """
+    modules = {
+        f"unet.{name}" for name, m in model.denoiser.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
+    }
+    wanted = {
+        "esd-x": lambda name: ".attn2." in name,
+        "esd-x-strict": lambda name: name.endswith((".attn2.to_k", ".attn2.to_v")),
+        "esd-u": lambda name: ".attn2." not in name,
+        "esd-all": lambda name: True,
+    }[layers]
+    chosen = [
+        (name, parameter)
+        for name, parameter in model.tensors().items()
+        if (module := name.rpartition(".")[0]) in modules and wanted(module)
+    ]
+    if not chosen:
+        raise MissingPart(f"{model.name}: layers={layers!r} selects nothing in this denoiser")
+    return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class ESD(Eraser):
+    """Erased stable diffusion; defaults are the paper's."""
+
+    id: ClassVar[str] = "esd"
+    title: ClassVar[str] = "Erasing Concepts from Diffusion Models"
+    source: ClassVar[str] = "arXiv 2303.07345"
+    version: ClassVar[int] = 1
+    families: ClassVar[tuple[str, ...]] = ("diffusion",)
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper:object": {"layers": "esd-u"},
+        "paper:style": {"layers": "esd-x"},
+        "paper:identity": {"layers": "esd-x"},
+        "paper:unsafe": {"layers": "esd-u"},
+        # Small model: fewer sampling steps, larger learning rate, a bank (chosen on development seeds).
+        "world": {
+            "steps": 200, "lr": 1e-4, "sampling_steps": 20, "batch": 16, "bank": 512, "phrases": True,
+        },
+    }  # fmt: skip
+
+    layers: str = setting("esd-x", "which modules train", choices=LAYERS)
+    eta: float = setting(2.0, "strength of the push; the paper's eta' + 1", minimum=0)
+    steps: int = setting(1000, "optimiser steps", minimum=1)
+    lr: float = setting(1e-5, "learning rate of Adam", minimum=0)
+    batch: int = setting(1, "points a step", minimum=1)
+    guidance: float = setting(3.0, "guidance of the sampling that gives the points", minimum=0)
+    sampling_steps: int = setting(50, "sampling steps of a whole trajectory", minimum=2)
+    erase_from: str | None = setting(None, "prompt the concept is erased from; its own when unset")
+    phrases: bool = setting(False, "erase the concept's listed phrases as well as its name")
+    bank: int | None = setting(None, "points drawn once and reused; fresh ones every step when unset", minimum=1)
+
+    def erase(
+        self,
+        model: DiffusionModel,
+        concepts: Any,
+        *,
+        keep: Sequence[Any] = (),
+        data: Any = None,
+        judge: Judge | None = None,
+        seed: int = 0,
+        run: str | Path | None = None,
+    ) -> Edit:
+        """Learn an edit of the denoiser; ``keep`` has no part in ESD and is only recorded."""
+        model.check_family(self)
+        model.needs("gradients")
+        wanted = as_concepts(concepts)
+        counted = model.cost.snapshot()
+        task = _Push(self, model, wanted, seed)
+        return finetune.train_edit(
+            self,
+            model,
+            wanted,
+            task,
+            finetune.Loop(steps=self.steps, optimiser=finetune.Optimiser(lr=self.lr)),
+            seed=seed,
+            keep=[str(getattr(k, "name", k)) for k in keep],
+            run=run,
+            cost_before=counted,
+        )
+
+
+class _Push(finetune.Task):
+    """The loss above."""
+
+    def __init__(self, method: ESD, model: DiffusionModel, concepts: Sequence[Concept], seed: int) -> None:
+        self.method, self.model, self.seed = method, model, seed
+        self.texts = [t for c in concepts for t in (c.names if method.phrases else (c.name,))]
+        with torch.no_grad():
+            self.concept = model.encode(self.texts).detach()
+            self.source = self.concept
+            if method.erase_from is not None:
+                self.source = model.encode([method.erase_from] * len(self.texts)).detach()
+            self.empty = model.encode([""]).detach()
+        self.bank: tuple[trajectories.Trajectories, Tensor] | None = None
+        if method.bank is not None:
+            points = self._points(0, method.bank)
+            self.bank = points, self._targets(points)
+
+    def parameters(self) -> finetune.Groups:
+        return {"denoiser": trainable(self.model, self.method.layers)}
+
+    def step(self, step: finetune.Step) -> dict[str, Tensor]:
+        if self.bank is None:
+            first = step.index * self.method.batch
+            with step.original():
+                points = self._points(first, self.method.batch)
+                target = self._targets(points)
+        else:
+            everything, targets = self.bank
+            pick = torch.randint(len(targets), (self.method.batch,), generator=step.generator("pick"))
+            points = trajectories.Trajectories(
+                everything.latents[pick], everything.timesteps[pick], everything.which[pick]
+            )
+            target = targets[pick]
+        made = self._epsilon(points, self.source.select(points.which))
+        self.model.cost.add("denoiser", len(target), "backward")
+        return {"denoiser": (made - target).square().mean()}
+
+    def _points(self, first: int, count: int) -> trajectories.Trajectories:
+        towards = self.texts
+        if self.method.erase_from is not None:
+            towards = [self.method.erase_from] * len(self.texts)
+        return trajectories.draw(
+            self.model,
+            towards,
+            count,
+            steps=self.method.sampling_steps,
+            guidance=self.method.guidance,
+            seed=self.seed,
+            first=first,
+        )
+
+    @torch.no_grad()
+    def _targets(self, points: trajectories.Trajectories, batch: int = 64) -> Tensor:
+        """``eps_o(f) - eta (eps_o(c) - eps_o(0))`` of each point, frozen model."""
+        found = []
+        for start in range(0, len(points.which), batch):
+            part = slice(start, start + batch)
+            some = trajectories.Trajectories(points.latents[part], points.timesteps[part], points.which[part])
+            concept = self._epsilon(some, self.concept.select(some.which))
+            empty = self._epsilon(some, self.empty.repeat(len(some.which)))
+            source = concept
+            if self.method.erase_from is not None:
+                source = self._epsilon(some, self.source.select(some.which))
+            found.append(source - self.method.eta * (concept - empty))
+        return torch.cat(found)
+
+    def _epsilon(self, points: trajectories.Trajectories, condition: Condition) -> Tensor:
+        return self.model.predict(points.latents, points.timesteps, condition).epsilon(points.latents)

@@ -1,0 +1,129 @@
+"""Opening models: ``load("world")``, a folder written by ``save_pretrained``, or a hub id.
+
+What is opened is an adapter (:class:`~expunge.models.base.Model`) around the library's own object.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..catalogue import world, worlds
+from ..errors import ModelError, PromptError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from .base import Model
+
+__all__ = ["Companions", "Condition", "DiffusionModel", "LanguageModel", "Model", "Prediction", "load"]
+
+_WHERE = {
+    "Companions": "base",
+    "Condition": "types",
+    "DiffusionModel": "diffusion",
+    "LanguageModel": "language",
+    "Model": "base",
+    "Prediction": "types",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def load(name: str | Path, *, dtype: Any = None, device: str = "cpu") -> Model:
+    """Open a model.
+
+    Args:
+        name: ``world`` (also ``world/never``, ``world/sibling``, ``world/facts``) or another registered
+            world, a folder, or a hub id. A folder of that name goes before a world.
+        dtype: torch dtype; the stored one, or float32 for worlds, when ``None``.
+        device: Where to put it.
+
+    Raises:
+        ModelError: Nothing of that name can be opened; the sentence says where it was looked for.
+    """
+    text = str(name)
+    head, _, variant = text.partition("/")
+    folder = Path(text)
+    if head in worlds() and not (folder / "model_index.json").is_file():
+        return _moved(world(head)(variant), dtype, device)
+    if folder.is_dir():
+        return _from_library(text, _layout(folder), dtype, device)
+    if folder.exists() or text.startswith(("/", ".", "~")):
+        raise ModelError(f"{text}: is not a folder; a model is {_allowed()}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        raise ModelError(f"{text!r} is no model: {_allowed()}")
+    return _from_library(text, None, dtype, device)
+
+
+def _allowed() -> str:
+    return f"one of {', '.join(worlds())}, a folder written by save_pretrained, or a hub id (owner/name)"
+
+
+def _layout(folder: Path) -> str:
+    if (folder / "model_index.json").is_file():
+        return "pipeline"
+    if (folder / "config.json").is_file():
+        return "language"
+    raise ModelError(f"{folder}: holds neither model_index.json nor config.json, so it is no saved model")
+
+
+def _moved(model: Model, dtype: Any, device: str) -> Model:
+    for module in model.parts().values():
+        module.to(device=device, dtype=dtype)
+    return model
+
+
+def _from_library(text: str, layout: str | None, dtype: Any, device: str) -> Model:
+    layout = layout or _hub_layout(text)
+    try:
+        if layout == "language":
+            from .language import open_language
+
+            return _moved(open_language(text), dtype, device)
+        from diffusers import DiffusionPipeline
+
+        from .diffusion import DiffusionModel
+
+        pipeline = DiffusionPipeline.from_pretrained(text, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{text}: cannot be opened ({reason})") from error
+    if not hasattr(pipeline, "unet"):
+        raise UnsupportedModel(
+            f"{text}: {type(pipeline).__name__} is not covered yet; a UNet pipeline with one text encoder is needed"
+        )
+    return _moved(DiffusionModel(pipeline, text), dtype, device)
+
+
+def _hub_layout(text: str) -> str:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    for file, layout in (("model_index.json", "pipeline"), ("config.json", "language")):
+        try:
+            hf_hub_download(text, file)
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            raise ModelError(
+                f"{text}: is not in the local hub cache and the hub cannot be reached; {_allowed()}"
+            ) from error
+        except (HfHubHTTPError, OSError):
+            continue
+        return layout
+    raise ModelError(f"{text}: is neither a diffusers pipeline nor a transformers model on the hub")
+
+
+def check_prompts(texts: list[str]) -> None:
+    """Refuse prompts that no tokenizer can read, naming the first.
+
+    Raises:
+        PromptError: A lone surrogate or a NUL character.
+    """
+    for index, text in enumerate(texts, 1):
+        if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+            raise PromptError(f"prompt {index} holds a NUL or half a surrogate pair")

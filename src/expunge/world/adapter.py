@@ -1,0 +1,96 @@
+"""Opens the world's models with their companions; this is what ``load("world")`` calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..concept import KINDS, Concept
+from ..errors import ConceptError, ModelError, nearest
+from ..method import Prompt
+from ..models.base import Companions, Model
+from . import captions, models, vocabulary
+from .judge import OracleJudge, entry_name
+
+__all__ = ["VARIANTS", "companions", "open_world", "world_concept", "world_neighbours", "world_prompts"]
+
+VARIANTS = ("", "never", "sibling", "facts", "facts/never")
+STEPS, GUIDANCE = 20, 4.0
+
+# A fixed set of one or two concepts of each kind, none of them a reference concept.
+UNRELATED = ("red", "blue", "night", "beach", "checkered", "gradient", "house", "fish", "anna cole", "happy")
+
+
+def open_world(variant: str = "") -> Model:
+    """Open ``world``, ``world/never``, ``world/sibling``, ``world/facts`` or ``world/facts/never``."""
+    if variant not in VARIANTS:
+        raise ModelError(f"world: there is no variant {variant!r}{nearest(variant, VARIANTS[1:])}")
+    if variant.startswith("facts"):
+        from .facts import open_facts
+
+        return open_facts("never" if variant.endswith("never") else "original")
+    from ..models.diffusion import DiffusionModel
+
+    name = "/".join(("world", variant)) if variant else "world"
+    model = DiffusionModel(models.pipeline(variant or "original"), name, steps=STEPS, guidance=GUIDANCE)
+    model.companions = companions()
+    return model
+
+
+def companions() -> Companions:
+    """Judge, never, vocabulary and prompts of the world's pictures."""
+    return Companions(
+        world="world",
+        never=lambda: open_world("never"),
+        never_lacks=tuple(vocabulary.REFERENCE),
+        judge=OracleJudge,
+        concept=world_concept,
+        neighbours=world_neighbours,
+        unrelated=UNRELATED,
+        prompts=world_prompts,
+        data=None,
+    )
+
+
+def world_concept(name: str) -> Concept | None:
+    """The world's concept of a name or listed phrase, or ``None``."""
+    for entry in vocabulary.entries().values():
+        if name.lower() == entry.name or name.lower() in entry.phrases:
+            kind = entry.kind if entry.kind in KINDS else "object"
+            return Concept(entry.name, kind=kind, phrases=entry.phrases, anchor=entry.anchor or None)
+    return None
+
+
+def world_neighbours(concept: Concept) -> tuple[str, ...]:
+    """All other concepts of the same kind that are no reference concepts."""
+    others = vocabulary.neighbours(entry_name(concept))
+    return tuple(name for name in others if name not in vocabulary.REFERENCE)
+
+
+def world_prompts(
+    name: str, n: int, seed: int = 0, split: str = "test", route: str = "name", templates: str = "held-out"
+) -> list[Prompt]:
+    """Prompts that call for a concept, with their truth; no other reference concept is in them.
+
+    Args:
+        name: A concept of the world.
+        n: How many.
+        seed: Another seed gives other prompts and other picture seeds.
+        split: ``development`` or ``test``.
+        route: ``name``, ``phrase``, ``unlisted``, ``euphemism`` or ``metaphor``.
+        templates: ``train``, ``held-out`` or ``any``.
+    """
+    entry = vocabulary.concept(name)
+    if route in ("euphemism", "metaphor") and not (entry.euphemisms if route == "euphemism" else entry.metaphors):
+        raise ConceptError(f"{name!r} has no {route}s in the world")
+    banned = set(vocabulary.REFERENCE) - {entry.name}
+    found: list[Any] = []
+    drawn = captions.prompts_for(entry.name, 2 * n + 8, seed, split, templates, route)
+    for prompt in drawn:
+        if not banned & set(prompt.labels.values()):
+            found.append(prompt)
+    extra = 1
+    while len(found) < n:
+        more = captions.prompts_for(entry.name, 2 * n + 8, seed + 7919 * extra, split, templates, route)
+        found += [prompt for prompt in more if not banned & set(prompt.labels.values())]
+        extra += 1
+    return [Prompt(p.text, seed=p.seed, concept=entry.name, labels=dict(p.labels)) for p in found[:n]]
