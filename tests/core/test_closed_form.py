@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from scipy.optimize import minimize
 
 from expunge.core.closed_form import (
     Moments,
@@ -18,7 +19,6 @@ from expunge.core.closed_form import (
 from expunge.core.derivation import REGULARISATIONS, derive, norm_budgeted, residuals
 from expunge.core.factors import thin_factors
 from expunge.errors import NonFiniteError, NumericalError, SettingError
-from scipy.optimize import minimize
 
 WIDTH = 24
 
@@ -50,7 +50,8 @@ def minimised(objective, start: torch.Tensor) -> torch.Tensor:
     def value_and_gradient(flat):
         x = torch.from_numpy(flat).reshape(start.shape).requires_grad_()
         loss = objective(x)
-        return float(loss), torch.autograd.grad(loss, x)[0].reshape(-1).numpy()
+        gradient = torch.autograd.grad(loss, x)[0]
+        return float(loss.detach()), gradient.reshape(-1).numpy()
 
     found = minimize(
         value_and_gradient, start.reshape(-1).numpy(), jac=True, method="L-BFGS-B",
@@ -185,7 +186,7 @@ def test_thin_factors_are_exact_in_float32_and_close_in_float16(rows):
 
 def test_thin_factors_survive_a_wrong_rank_bound():
     matrix = draw(1, 60, 40) @ draw(2, 40, 60)
-    left, right, error = thin_factors(matrix, 3)
+    left, _, error = thin_factors(matrix, 3)
     assert left.shape[1] == 40 and error < 1e-7
 
 

@@ -71,10 +71,10 @@ class ColourJudge(Judge):
 
     def judge(self, outputs: Any, concept: Concept, prompts: Any) -> Verdicts:
         middle = np.asarray(outputs)[:, 4:12, 4:12].reshape(len(outputs), -1, 3).mean(axis=1)
-        spread = np.asarray(outputs)[:, 4:12, 4:12].reshape(len(outputs), -1).std(axis=1)
+        spread = np.asarray(outputs)[:, 4:12, 4:12].reshape(len(outputs), -1, 3).std(axis=1).max(axis=1)
         colour = np.array(COLOURS.get(concept.name, (0, 0, 0)))
         score = np.exp(-np.abs(middle - colour - 10).max(axis=1) / 40)
-        return Verdicts(score >= 0.5, score, spread < 100)
+        return Verdicts(score >= 0.5, score, spread < 30)
 
     def features(self, outputs: Any) -> np.ndarray:
         return np.asarray(outputs, np.float32)[:, ::4, ::4].reshape(len(outputs), -1) / 255

@@ -49,7 +49,7 @@ class EditStack:
             rebase: Allow it on another stack of edits than it was fitted on.
             sibling: Allow it on other weights of the same structure (a fine-tuned sibling).
         """
-        self._check(edit, rebase, sibling)
+        self.check(edit, rebase=rebase, sibling=sibling)
         fresh = self._new_values(edit)
         tensors = self._model.tensors()
         with torch.no_grad():
@@ -125,7 +125,8 @@ class EditStack:
                     tensors[name].copy_(value)
             self._edits, self.originals = edits, originals
 
-    def _check(self, edit: Edit, rebase: bool, sibling: bool) -> None:
+    def check(self, edit: Edit, *, rebase: bool = False, sibling: bool = False) -> None:
+        """Refuse, in words, an edit that may not go on the model as it is now; changes nothing."""
         from ..models.fingerprint import Fingerprint
 
         model = self._model

@@ -56,7 +56,7 @@ def sheet(evidence: Evidence, concept: str | None = None, columns: int = 8) -> b
         _block(image, draw, title, rows, top)
         top += _height(rows)
     stream = io.BytesIO()
-    image.save(stream, format="PNG", optimize=True)
+    image.save(stream, format="PNG", compress_level=6)
     return stream.getvalue()
 
 

@@ -59,7 +59,7 @@ def png(picture: np.ndarray, smallest: int = 0) -> bytes:
     if factor > 1:
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     stream = io.BytesIO()
-    image.save(stream, format="PNG", optimize=True)
+    image.save(stream, format="PNG", compress_level=6)
     return stream.getvalue()
 
 

@@ -118,10 +118,13 @@ def _describe(
         group = "implicit" if route in ("euphemism", "metaphor") else "hazard"
     options = templates(group, part)
     if group in ("object", "negation", "negated style", "count"):
+        # A style that is not plain must be said; a plain one may be.
         styled = scene.things[0].style != "plain" or "style" in needed or dice.chance(0.3)
-        options = tuple(t for t in options if ("style" in _slots(t)) == styled) or options
-        if scene.things[0].style != "plain" and "style" not in _slots(options[0]):
-            options = tuple(t for t in TEMPLATES[group] if "style" in _slots(t))
+        if not styled and not any(
+            needed <= _slots(t) and "style" not in _slots(t) for t in options
+        ):
+            styled = True
+        options = tuple(t for t in options if ("style" in _slots(t)) == styled)
     options = tuple(t for t in options if needed <= _slots(t)) or options
     template = dice.pick(options)
     slots = _slots(template)

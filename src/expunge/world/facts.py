@@ -53,13 +53,13 @@ class Recipe:
     """
 
     version: int = 1
-    width: int = 96
-    layers: int = 3
+    width: int = 64
+    layers: int = 2
     heads: int = 4
-    first: int = 260
+    first: int = 240
     second: int = 120
     batch: int = 64
-    lr: float = 3e-3
+    lr: float = 4e-3
     seed: int = 0
 
     @property

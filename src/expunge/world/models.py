@@ -74,14 +74,21 @@ def pipeline(variant: str = "original", dtype: torch.dtype = torch.float32) -> A
     """
     if variant not in VARIANTS:
         raise ModelError(f"world: there is no variant {variant!r}{nearest(variant, VARIANTS)}")
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
 
     root = weights()
     return StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(_need(root / "vae"), torch_dtype=dtype),
         text_encoder=text_encoder(dtype),
         tokenizer=tokenizer(),
-        unet=UNet2DConditionModel.from_pretrained(_need(root / "unet" / variant), torch_dtype=dtype),
+        unet=UNet2DConditionModel.from_pretrained(
+            _need(root / "unet" / variant), torch_dtype=dtype
+        ),
         scheduler=DDIMScheduler.from_pretrained(_need(root / "scheduler")),
         safety_checker=None,
         feature_extractor=None,
@@ -112,5 +119,7 @@ def export(directory: str | Path) -> list[Path]:
     model.save_pretrained(root / "clip")
     words.save_pretrained(root / "clip")
     oracle().save(root / "oracle")
-    (root / "README.json").write_text(json.dumps({"dtype": "float32", "world": 1}) + "\n", encoding="utf-8")
+    (root / "README.json").write_text(
+        json.dumps({"dtype": "float32", "world": 1}) + "\n", encoding="utf-8"
+    )
     return [*written, root / "clip", root / "oracle"]

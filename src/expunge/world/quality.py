@@ -67,7 +67,9 @@ def recognised(pictures: np.ndarray, judge: Oracle) -> dict[str, Tensor]:
     return {name: torch.where(lost[:, None], 0.0, rows) for name, rows in found.items()}
 
 
-def attribute_hits(pictures: np.ndarray, made: Sequence[scenes.Scene], judge: Oracle) -> dict[str, list[bool]]:
+def attribute_hits(
+    pictures: np.ndarray, made: Sequence[scenes.Scene], judge: Oracle
+) -> dict[str, list[bool]]:
     """For each attribute, whether the oracle reads it right off each picture where it applies."""
     found, truth = judge(pictures), scenes.targets(made)
     hits: dict[str, list[bool]] = {}
@@ -85,7 +87,9 @@ def attribute_hits(pictures: np.ndarray, made: Sequence[scenes.Scene], judge: Or
     return hits
 
 
-def held_out(count: int, setting: str = "clean-world") -> tuple[np.ndarray, list[str], list[scenes.Scene]]:
+def held_out(
+    count: int, setting: str = "clean-world"
+) -> tuple[np.ndarray, list[str], list[scenes.Scene]]:
     """Pictures of test seeds."""
     seeds = range(v.TEST_SEEDS.start, v.TEST_SEEDS.start + count)
     return scenes.batch(seeds, scenes.SETTINGS[setting])
@@ -95,7 +99,10 @@ def measure_oracle(n: int) -> dict[str, Any]:
     """The oracle on held-out rendered pictures, and how often it sees a reference concept that is not there."""
     judge = models.oracle()
     pictures, _, made = held_out(n)
-    found = {name: rate(hits, TARGETS["oracle"]) for name, hits in attribute_hits(pictures, made, judge).items()}
+    found = {
+        name: rate(hits, TARGETS["oracle"])
+        for name, hits in attribute_hits(pictures, made, judge).items()
+    }
     return {"held_out": found, "false_positives": false_positives(n, judge)}
 
 
@@ -113,12 +120,17 @@ def measure_reconstructions(n: int) -> dict[str, Any]:
     parts = []
     with torch.no_grad():
         for first in range(0, n, 100):
-            pixels = torch.from_numpy(pictures[first : first + 100]).permute(0, 3, 1, 2).float() / 127.5 - 1
+            pixels = (
+                torch.from_numpy(pictures[first : first + 100]).permute(0, 3, 1, 2).float() / 127.5
+                - 1
+            )
             parts.append(vae.decode(vae.encode(pixels).latent_dist.mode()).sample)
     copies = as_pictures(torch.cat(parts))
     error = np.abs(copies.astype(np.float32) - pictures).mean() / 255
     hits = attribute_hits(copies, made, judge)
-    return {name: rate(h, TARGETS["reconstructions"]) for name, h in hits.items()} | {"error": round(float(error), 4)}
+    return {name: rate(h, TARGETS["reconstructions"]) for name, h in hits.items()} | {
+        "error": round(float(error), 4)
+    }
 
 
 def as_pictures(decoded: Tensor) -> np.ndarray:
@@ -135,12 +147,17 @@ def measure_clip(groups: int) -> dict[str, Any]:
         start = v.TEST_SEEDS.start + 50_000 + 400 * group
         pictures, texts, _ = scenes.batch(range(start, start + 160), scenes.SETTINGS["full"])
         rows = [texts.index(text) for text in dict.fromkeys(texts)][:64]
-        ids = words([texts[i] for i in rows], padding="max_length", return_tensors="pt", truncation=True).input_ids
+        ids = words(
+            [texts[i] for i in rows], padding="max_length", return_tensors="pt", truncation=True
+        ).input_ids
         pixels = torch.from_numpy(pictures[rows]).permute(0, 3, 1, 2).float() / 127.5 - 1
         with torch.no_grad():
             image = model.get_image_features(pixel_values=pixels).pooler_output
             text = model.get_text_features(input_ids=ids).pooler_output
-        scores = torch.nn.functional.normalize(image, dim=-1) @ torch.nn.functional.normalize(text, dim=-1).T
+        scores = (
+            torch.nn.functional.normalize(image, dim=-1)
+            @ torch.nn.functional.normalize(text, dim=-1).T
+        )
         own = torch.arange(len(rows))
         hits["picture_to_text"] += (scores.argmax(1) == own).tolist()
         hits["text_to_picture"] += (scores.argmax(0) == own).tolist()
@@ -154,14 +171,28 @@ def measure_padding(n: int) -> dict[str, Any]:
     _, _, made = held_out(n * 3, "full")
     made = [scene for scene in made if scene.kind == "object" and not scene.negated][:n]
     labels = np.array([v.OBJECTS.index(scene.things[0].object) for scene in made])
-    got = words([scene.caption for scene in made], padding="max_length", return_tensors="pt", truncation=True)
+    got = words(
+        [scene.caption for scene in made],
+        padding="max_length",
+        return_tensors="pt",
+        truncation=True,
+    )
     with torch.no_grad():
-        hidden = torch.cat([tower(input_ids=ids).last_hidden_state for ids in got.input_ids.split(200)])
+        hidden = torch.cat(
+            [tower(input_ids=ids).last_hidden_state for ids in got.input_ids.split(200)]
+        )
     end = got.attention_mask.sum(1) - 1
     rows = torch.arange(len(made))
     last = torch.full_like(end, hidden.shape[1] - 1)
-    places = {"start": torch.zeros_like(end), "end_of_text": end, "first_padding": (end + 1).minimum(last), "last": last}
-    return {name: rate(probe(hidden[rows, place].numpy(), labels)) for name, place in places.items()}
+    places = {
+        "start": torch.zeros_like(end),
+        "end_of_text": end,
+        "first_padding": (end + 1).minimum(last),
+        "last": last,
+    }
+    return {
+        name: rate(probe(hidden[rows, place].numpy(), labels)) for name, place in places.items()
+    }
 
 
 def probe(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -176,13 +207,17 @@ def probe(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def generate(pipe: Any, prompts: Sequence[captions.Prompt], batch: int = 32) -> np.ndarray:
+def generate(
+    pipe: Any, prompts: Sequence[captions.Prompt], batch: int = 32, steps: int = STEPS
+) -> np.ndarray:
     """A picture of each prompt with the stock pipeline; the noise is the prompt's own seed."""
     parts = []
     for first in range(0, len(prompts), batch):
         some = prompts[first : first + batch]
-        noise = torch.stack([torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(p.seed)) for p in some])
-        out = pipe([p.text for p in some], latents=noise, guidance_scale=GUIDANCE, num_inference_steps=STEPS,
+        noise = torch.stack(
+            [torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(p.seed)) for p in some]
+        )
+        out = pipe([p.text for p in some], latents=noise, guidance_scale=GUIDANCE, num_inference_steps=steps,
                    output_type="pt", height=64, width=64)  # fmt: skip
         parts.append(as_pictures(out.images * 2 - 1))
         print(f"  {first + len(some)}/{len(prompts)} pictures", flush=True)
@@ -196,11 +231,17 @@ def prompt_sets(n: int) -> dict[str, list[captions.Prompt]]:
     for kind, share in shares.items():
         names = v.concept_names(kind)
         each = max(1, round(n * share / len(names)))
-        found[kind] = [p for i, name in enumerate(names) for p in captions.prompts_for(name, each, seed=1000 + i)]
+        found[kind] = [
+            p
+            for i, name in enumerate(names)
+            for p in captions.prompts_for(name, each, seed=1000 + i)
+        ]
     return found
 
 
-def judged(prompts: Sequence[captions.Prompt], seen: dict[str, Tensor]) -> dict[str, list[tuple[str, bool]]]:
+def judged(
+    prompts: Sequence[captions.Prompt], seen: dict[str, Tensor]
+) -> dict[str, list[tuple[str, bool]]]:
     """For each attribute that prompts determine: (wanted value, whether the picture shows it), per prompt."""
     found: dict[str, list[tuple[str, bool]]] = defaultdict(list)
     for row, prompt in enumerate(prompts):
@@ -210,7 +251,9 @@ def judged(prompts: Sequence[captions.Prompt], seen: dict[str, Tensor]) -> dict[
                 found[name].append((v.HAZARD, hit))
             elif name in HEADS:
                 best = int(seen[name][row].argmax())
-                found[name].append((wanted, bool(seen[name][row, best] > 0) and HEADS[name][best] == wanted))
+                found[name].append(
+                    (wanted, bool(seen[name][row, best] > 0) and HEADS[name][best] == wanted)
+                )
     return found
 
 
@@ -221,8 +264,14 @@ def measure_generated(variant: str, n: int) -> dict[str, Any]:
     pictures = generate(pipe, prompts)
     probabilities = judge(pictures)
     hits = judged(prompts, recognised(pictures, judge))
-    rates = {name: rate([h for _, h in rows], TARGETS.get(f"generated.{name}")) for name, rows in hits.items()}
-    rest = {name: rate([h for wanted, h in rows if wanted not in v.REFERENCE]) for name, rows in hits.items()}
+    rates = {
+        name: rate([h for _, h in rows], TARGETS.get(f"generated.{name}"))
+        for name, rows in hits.items()
+    }
+    rest = {
+        name: rate([h for wanted, h in rows if wanted not in v.REFERENCE])
+        for name, rows in hits.items()
+    }
     per: dict[str, list[bool]] = defaultdict(list)
     for rows in hits.values():
         for wanted, hit in rows:
@@ -264,16 +313,24 @@ def measure_never(n: int, generated: dict[str, Any], positives: dict[str, Any]) 
         chance = positives[name]["value"]
         never = rate(shown["never"][name])
         met = never["value"] <= chance + TARGETS["never.margin"]
-        concepts[name] = {"original": rate(shown["original"][name]), "never": never, "false_positives": chance, "met": met}
+        concepts[name] = {
+            "original": rate(shown["original"][name]),
+            "never": never,
+            "false_positives": chance,
+            "met": met,
+        }
     means = {}
     for variant in ("original", "never"):
         rest = generated[variant]["without_reference_concepts"]
-        means[variant] = float(np.mean([rest[name]["value"] for name in ("object", "colour", "style", "person")]))
+        means[variant] = float(
+            np.mean([rest[name]["value"] for name in ("object", "colour", "style", "person")])
+        )
     gap = abs(means["original"] - means["never"])
     kept = {name: round(value, 4) for name, value in means.items()}
     return {
         "concepts": concepts,
-        "mean_of_rest": kept | {"gap": round(gap, 4), "target": TARGETS["never.mean_gap"], "met": gap <= 0.03},
+        "mean_of_rest": kept
+        | {"gap": round(gap, 4), "target": TARGETS["never.mean_gap"], "met": gap <= 0.03},
     }
 
 
@@ -324,7 +381,9 @@ def run(parts: Sequence[str], n: int, file: Path = FILE) -> dict[str, Any]:
         "clip": lambda: measure_clip(16),
         "padding": lambda: measure_padding(2000),
         "generated": lambda: variants(n),
-        "never": lambda: measure_never(max(50, n // 5), table["generated"], table["oracle"]["false_positives"]),
+        "never": lambda: measure_never(
+            max(50, n // 5), table["generated"], table["oracle"]["false_positives"]
+        ),
     }
     for part in sorted(parts, key=PARTS.index):
         print(part, flush=True)
@@ -340,8 +399,12 @@ def run(parts: Sequence[str], n: int, file: Path = FILE) -> dict[str, Any]:
 
 def main() -> None:
     """Measure from the command line and show what is below its target."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=", ".join(PARTS)
+    )
     parser.add_argument("--n", type=int, default=1000, help="pictures of each model")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=FILE)

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+
 from expunge import Concept
 from expunge.attack.diffusion.closed_form import ClosedForm
 from expunge.erase.diffusion.uce import UCE
@@ -15,7 +16,11 @@ from expunge.method import Budget, Judge, Prompt, Verdicts, budget
 from expunge.testing import tiny_diffusion
 
 STAR = Concept("star", anchor="circle")
-PROMPTS = [Prompt("a red star", seed=5), Prompt("star", seed=6), Prompt("a photo of a star", seed=7)]
+PROMPTS = [
+    Prompt("a red star", seed=5),
+    Prompt("star", seed=6),
+    Prompt("a photo of a star", seed=7),
+]
 
 
 class Like(Judge):
@@ -59,7 +64,10 @@ def test_a_large_budget_undoes_the_edit_and_a_small_one_does_not(model, edit, ju
     with edit.on(model):
         free = run(model, judge, norm_budget=1e6)
         tight = run(model, judge, norm_budget=0.05)
-        left = [[item.details["residual"] for item in run(model, judge, norm_budget=b).items] for b in (0.5, 1, 4)]
+        left = [
+            [item.details["residual"] for item in run(model, judge, norm_budget=b).items]
+            for b in (0.5, 1, 4)
+        ]
     assert free.pre_rate == 0 and free.rate == 1.0
     assert all(item.score > 0.9 and item.details["residual"] < 1e-3 for item in free.items)
     assert tight.rate < 1.0
@@ -102,6 +110,8 @@ def test_a_separate_original_gives_the_same_as_lifting(model, edit, judge):
 
 def test_an_allowance_that_is_too_small_is_refused_in_words(model, judge):
     with pytest.raises(SettingError, match="at most 2 steps"):
-        ClosedForm(steps=20).attack(model, STAR, judge, Budget("tiny", denoiser_rows=8), prompts=PROMPTS)
+        ClosedForm(steps=20).attack(
+            model, STAR, judge, Budget("tiny", denoiser_rows=8), prompts=PROMPTS
+        )
     with pytest.raises(SettingError):
         ClosedForm(norm_budget=0)

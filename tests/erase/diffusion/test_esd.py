@@ -58,8 +58,12 @@ def test_paper_convention(model):
 
 def test_points_do_not_depend_on_batching(model):
     whole = trajectories.draw(model, ["a star", "a circle"], 6, steps=4, guidance=3.0, seed=5)
-    parts = trajectories.draw(model, ["a star", "a circle"], 6, steps=4, guidance=3.0, seed=5, batch=2)
-    later = trajectories.draw(model, ["a star", "a circle"], 2, steps=4, guidance=3.0, seed=5, first=4)
+    parts = trajectories.draw(
+        model, ["a star", "a circle"], 6, steps=4, guidance=3.0, seed=5, batch=2
+    )
+    later = trajectories.draw(
+        model, ["a star", "a circle"], 2, steps=4, guidance=3.0, seed=5, first=4
+    )
     torch.testing.assert_close(whole.latents, parts.latents, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(whole.latents[4:], later.latents, atol=1e-4, rtol=1e-4)
     assert torch.equal(whole.timesteps, parts.timesteps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from expunge import Concept, Edit
 from expunge.core.token_policy import stream_pairs, stream_rows
 from expunge.erase.diffusion.rece import RECE
@@ -98,13 +99,21 @@ def test_the_report_follows_the_epochs(model):
     assert "derived_norm" not in report["epochs"][0]
     for step in report["epochs"][1:]:
         assert step["derived_norm"] > 0 and np.isfinite(step["derived_residual"])
-    assert report["epochs"][-1]["relative_change"] == pytest.approx(report["relative_change"], rel=1e-3)
-    assert edit.manifest.cost["encoder.forward"] > 0 and "denoiser.forward" not in edit.manifest.cost
+    assert report["epochs"][-1]["relative_change"] == pytest.approx(
+        report["relative_change"], rel=1e-3
+    )
+    assert (
+        edit.manifest.cost["encoder.forward"] > 0 and "denoiser.forward" not in edit.manifest.cost
+    )
 
 
 def test_several_phrasings_anchors_and_files(model, tmp_path):
-    edit = RECE.configured("paper:unsafe").erase(model, Concept("red star", kind="unsafe", phrases=("star",)))
-    assert edit.manifest.settings["empty_per_concept"] is True and edit.manifest.report["pairs"] == 2
+    edit = RECE.configured("paper:unsafe").erase(
+        model, Concept("red star", kind="unsafe", phrases=("star",))
+    )
+    assert (
+        edit.manifest.settings["empty_per_concept"] is True and edit.manifest.report["pairs"] == 2
+    )
     edit.save(tmp_path / "e.safetensors")
     assert Edit.load(tmp_path / "e.safetensors") == edit
     style = RECE.configured("paper:style").erase(model, Concept("striped", kind="style"))

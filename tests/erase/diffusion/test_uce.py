@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from expunge import Concept, Edit
 from expunge.core.token_policy import POLICIES, stream_pairs, stream_rows
 from expunge.erase.diffusion.uce import UCE
@@ -149,7 +150,9 @@ def test_tensor_removes_the_direction_of_the_concept(model):
 
 
 def test_many_concepts_are_one_solve_and_a_stacked_edit_starts_from_the_present_weights(model):
-    several = UCE(ridge=1e-4).erase(model, [Concept("star", anchor="circle"), Concept("heart", anchor="square")])
+    several = UCE(ridge=1e-4).erase(
+        model, [Concept("star", anchor="circle"), Concept("heart", anchor="square")]
+    )
     old = stacked(model)
     with several.on(model):
         new = stacked(model)

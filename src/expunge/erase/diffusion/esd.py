@@ -55,7 +55,9 @@ def trainable(model: DiffusionModel, layers: str) -> list[tuple[str, nn.Paramete
         MissingPart: The choice selects nothing in this denoiser.
     """
     modules = {
-        f"unet.{name}" for name, m in model.denoiser.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))
+        f"unet.{name}"
+        for name, m in model.denoiser.named_modules()
+        if isinstance(m, (nn.Linear, nn.Conv2d))
     }
     wanted = {
         "esd-x": lambda name: ".attn2." in name,
@@ -102,7 +104,9 @@ class ESD(Eraser):
     sampling_steps: int = setting(50, "sampling steps of a whole trajectory", minimum=2)
     erase_from: str | None = setting(None, "prompt the concept is erased from; its own when unset")
     phrases: bool = setting(False, "erase the concept's listed phrases as well as its name")
-    bank: int | None = setting(None, "points drawn once and reused; fresh ones every step when unset", minimum=1)
+    bank: int | None = setting(
+        None, "points drawn once and reused; fresh ones every step when unset", minimum=1
+    )
 
     def erase(
         self,
@@ -137,7 +141,9 @@ class ESD(Eraser):
 class _Push(finetune.Task):
     """The loss above."""
 
-    def __init__(self, method: ESD, model: DiffusionModel, concepts: Sequence[Concept], seed: int) -> None:
+    def __init__(
+        self, method: ESD, model: DiffusionModel, concepts: Sequence[Concept], seed: int
+    ) -> None:
         self.method, self.model, self.seed = method, model, seed
         self.texts = [t for c in concepts for t in (c.names if method.phrases else (c.name,))]
         with torch.no_grad():
@@ -162,7 +168,9 @@ class _Push(finetune.Task):
                 target = self._targets(points)
         else:
             everything, targets = self.bank
-            pick = torch.randint(len(targets), (self.method.batch,), generator=step.generator("pick"))
+            pick = torch.randint(
+                len(targets), (self.method.batch,), generator=step.generator("pick")
+            )
             points = trajectories.Trajectories(
                 everything.latents[pick], everything.timesteps[pick], everything.which[pick]
             )
@@ -191,7 +199,9 @@ class _Push(finetune.Task):
         found = []
         for start in range(0, len(points.which), batch):
             part = slice(start, start + batch)
-            some = trajectories.Trajectories(points.latents[part], points.timesteps[part], points.which[part])
+            some = trajectories.Trajectories(
+                points.latents[part], points.timesteps[part], points.which[part]
+            )
             concept = self._epsilon(some, self.concept.select(some.which))
             empty = self._epsilon(some, self.empty.repeat(len(some.which)))
             source = concept
@@ -201,4 +211,6 @@ class _Push(finetune.Task):
         return torch.cat(found)
 
     def _epsilon(self, points: trajectories.Trajectories, condition: Condition) -> Tensor:
-        return self.model.predict(points.latents, points.timesteps, condition).epsilon(points.latents)
+        return self.model.predict(points.latents, points.timesteps, condition).epsilon(
+            points.latents
+        )

@@ -71,7 +71,9 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     data = pool(options.cache, "clean-world", options.pictures)
     model = build().to(memory_format=torch.channels_last)
-    training = common.Training("autoencoder", model, options, ema=0.998, warmup=100, weight_decay=0.0)
+    training = common.Training(
+        "autoencoder", model, options, ema=0.998, warmup=100, weight_decay=0.0
+    )
 
     def loss_of(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rows = common.batch_indices(step, options.batch, len(data), options.seed)
@@ -80,7 +82,10 @@ def train(options: argparse.Namespace) -> None:
         made = model.decode(posterior.sample(generator=generator)).sample
         error = reconstruction_loss(made, real)
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        return error + KL_WEIGHT * divergence, {"error": float(error.detach()), "kl": float(divergence.detach())}
+        return error + KL_WEIGHT * divergence, {
+            "error": float(error.detach()),
+            "kl": float(divergence.detach()),
+        }
 
     def write() -> None:
         # A copy with averaged weights, so that training goes on with its own.

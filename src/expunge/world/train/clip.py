@@ -57,7 +57,9 @@ def text_vectors(model: CLIPModel, ids: Tensor, where: Tensor) -> Tensor:
     return model.text_projection(hidden[torch.arange(len(ids)), where])
 
 
-def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+def contrastive_loss(
+    image: Tensor, text: Tensor, scale: Tensor, same: Tensor
+) -> tuple[Tensor, Tensor]:
     """Symmetric cross-entropy and the share of pictures matched to their own caption.
 
     `same` (n, n) marks rows with equal captions; off the diagonal they are left out.
@@ -67,7 +69,9 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -
     others = same & ~torch.eye(len(same), dtype=torch.bool)
     logits = logits.masked_fill(others, -1e4)
     aim = torch.arange(len(logits))
-    loss = (nn.functional.cross_entropy(logits, aim) + nn.functional.cross_entropy(logits.T, aim)) / 2
+    loss = (
+        nn.functional.cross_entropy(logits, aim) + nn.functional.cross_entropy(logits.T, aim)
+    ) / 2
     return loss, (logits.argmax(1) == aim).float().mean()
 
 
@@ -89,10 +93,17 @@ def train(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     tokenizer = CLIPTokenizer.from_pretrained(str(options.out / "tokenizer"))
     data = pool(options.cache, "clean-world", options.pictures, start=1_000_000)
-    made = tokenizer(data.captions, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+    made = tokenizer(
+        data.captions,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    )
     ids, length = made.input_ids, made.attention_mask.sum(1)
     model = build(tokenizer)
-    training = common.Training("clip", model, options, ema=0.995, warmup=100, weight_decay=0.05, betas=(0.9, 0.98))
+    training = common.Training(
+        "clip", model, options, ema=0.995, warmup=100, weight_decay=0.05, betas=(0.9, 0.98)
+    )
 
     def loss_of(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rows = common.batch_indices(step, options.batch, len(data), options.seed)
@@ -103,7 +114,9 @@ def train(options: argparse.Namespace) -> None:
         padded = (torch.rand(len(rows), generator=generator) < PAD_SHARE) & (room > 0)
         where = torch.where(padded, later.clamp(max=tokens.shape[1] - 1), end)
         cut = int(where.max()) + 1
-        vision = model.visual_projection(model.vision_model(pixel_values=normalised(images)).pooler_output)
+        vision = model.visual_projection(
+            model.vision_model(pixel_values=normalised(images)).pooler_output
+        )
         text = text_vectors(model, tokens[:, :cut], where)
         same = (tokens[:, None] == tokens[None]).all(-1)
         loss, right = contrastive_loss(vision, text, model.logit_scale, same)

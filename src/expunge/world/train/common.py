@@ -33,15 +33,23 @@ StepLoss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
 
 def arguments(description: str, steps: int, batch: int, lr: float) -> argparse.ArgumentParser:
     """The options that every recipe understands."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=steps, help="optimiser steps in all")
     parser.add_argument("--batch", type=int, default=batch, help="pictures per step")
     parser.add_argument("--lr", type=float, default=lr, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=1, help="seed of everything that is drawn")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "2")))
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder that receives the finished weights")
-    parser.add_argument("--cache", type=Path, default=Path(DEFAULT_CACHE), help="folder of pictures and checkpoints")
-    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="use a checkpoint")
+    parser.add_argument(
+        "--out", type=Path, default=WEIGHTS, help="folder that receives the finished weights"
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path(DEFAULT_CACHE), help="folder of pictures and checkpoints"
+    )
+    parser.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=True, help="use a checkpoint"
+    )
     return parser
 
 
@@ -69,7 +77,9 @@ def batch_indices(step: int, batch: int, size: int, seed: int) -> np.ndarray:
     return np.concatenate(found)
 
 
-def learning_rate(step: int, steps: int, top: float, warmup: int = 50, decay: float = 1.0, floor: float = 0.02) -> float:
+def learning_rate(
+    step: int, steps: int, top: float, warmup: int = 50, decay: float = 1.0, floor: float = 0.02
+) -> float:
     """Linear warm-up, constant, then a cosine over the last `decay` share of the run (0: never falls)."""
     if step < warmup:
         return top * (step + 1) / warmup
@@ -80,11 +90,17 @@ def learning_rate(step: int, steps: int, top: float, warmup: int = 50, decay: fl
     return top * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share)))
 
 
-def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def save_atomically(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file so that a kill leaves either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
+    save_file(
+        {name: value.detach().contiguous() for name, value in tensors.items()},
+        temporary,
+        metadata=metadata,
+    )
     os.replace(temporary, path)
 
 
@@ -176,7 +192,9 @@ class Training:
             else:
                 self.ema[key].copy_(value)
 
-    def run(self, loss_of: StepLoss, on_save: Callable[[], None] | None = None, every: int = 25) -> None:
+    def run(
+        self, loss_of: StepLoss, on_save: Callable[[], None] | None = None, every: int = 25
+    ) -> None:
         """Train until `options.steps`, showing rate and time left, writing a checkpoint every two minutes.
 
         SIGTERM ends the run after the current step, with a checkpoint and what the caller writes.
@@ -196,7 +214,9 @@ class Training:
             loss.backward()
             norm = nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
             if not torch.isfinite(norm):
-                raise FloatingPointError(f"{self.name}: the gradient of step {self.step} is not finite")
+                raise FloatingPointError(
+                    f"{self.name}: the gradient of step {self.step} is not finite"
+                )
             self.optimiser.step()
             self.step += 1
             self._average()
@@ -236,7 +256,9 @@ class Training:
 def as_float(images: np.ndarray, channels_last: bool = True) -> Tensor:
     """uint8 (n, h, w, 3) pictures as float (n, 3, h, w) in 0..1."""
     found = torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float().div_(255)
-    return found.contiguous(memory_format=torch.channels_last) if channels_last else found.contiguous()
+    return (
+        found.contiguous(memory_format=torch.channels_last) if channels_last else found.contiguous()
+    )
 
 
 def shifted(images: Tensor, generator: torch.Generator, most: int = 2) -> Tensor:

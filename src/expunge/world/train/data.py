@@ -43,7 +43,10 @@ def pool(cache: Path, setting: str, count: int, start: int = 0) -> Pool:
     folder = pool_folder(cache, setting, start, count)
     if not folder.exists():
         _render(folder, setting, count, start)
-    labels = {path.stem[6:]: np.load(path, allow_pickle=False) for path in sorted(folder.glob("label-*.npy"))}
+    labels = {
+        path.stem[6:]: np.load(path, allow_pickle=False)
+        for path in sorted(folder.glob("label-*.npy"))
+    }
     images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
     return Pool(images, json.loads((folder / "captions.json").read_text("utf-8")), labels, folder)
 
@@ -72,7 +75,10 @@ def _render(folder: Path, setting: str, count: int, start: int) -> None:
         shutil.rmtree(temporary)
     else:
         os.replace(temporary, folder)
-    print(f"[data] {setting}: {count} pictures, {count / (time.monotonic() - began):.0f} a second", flush=True)
+    print(
+        f"[data] {setting}: {count} pictures, {count / (time.monotonic() - began):.0f} a second",
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -71,12 +71,18 @@ def latents_of(data: Pool, weights: Path) -> np.ndarray:
     """Scaled posterior means, float16 (n, 4, 16, 16), computed once beside the pictures."""
     file = data.folder / "latents.npy"
     if not file.exists():
-        vae = AutoencoderKL.from_pretrained(str(weights / "vae")).eval().to(memory_format=torch.channels_last)
+        vae = (
+            AutoencoderKL.from_pretrained(str(weights / "vae"))
+            .eval()
+            .to(memory_format=torch.channels_last)
+        )
         parts = []
         with torch.no_grad():
             for first in range(0, len(data), 200):
                 real = common.as_float(data.images[first : first + 200]) * 2 - 1
-                parts.append((vae.encode(real).latent_dist.mean * vae.config.scaling_factor).half().numpy())
+                parts.append(
+                    (vae.encode(real).latent_dist.mean * vae.config.scaling_factor).half().numpy()
+                )
                 if first % 4000 == 0:
                     print(f"[latents] {first}/{len(data)}", flush=True)
         temporary = file.with_suffix(f".{os.getpid()}.npy")
@@ -90,14 +96,20 @@ class Texts:
 
     def __init__(self, captions: list[str], weights: Path) -> None:
         tokenizer = CLIPTokenizer.from_pretrained(str(weights / "tokenizer"))
-        tower = CLIPModel.from_pretrained(str(weights / "clip"), dtype=torch.float32).text_model.eval()
+        tower = CLIPModel.from_pretrained(
+            str(weights / "clip"), dtype=torch.float32
+        ).text_model.eval()
         distinct = list(dict.fromkeys(["", *captions]))
         index = {text: i for i, text in enumerate(distinct)}
         self.index = torch.tensor([index[text] for text in captions])
         length = tokenizer.model_max_length
-        made = tokenizer(distinct, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        made = tokenizer(
+            distinct, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
         with torch.no_grad():
-            rows = [tower(input_ids=part).last_hidden_state.half() for part in made.input_ids.split(256)]
+            rows = [
+                tower(input_ids=part).last_hidden_state.half() for part in made.input_ids.split(256)
+            ]
         self.table = torch.cat(rows)  # row 0 is the empty prompt
         print(f"[texts] {len(distinct)} distinct captions of {len(captions)}", flush=True)
 
@@ -107,11 +119,18 @@ class Texts:
 
 
 def noise_loss(
-    unet: UNet2DConditionModel, clean: Tensor, noise: Tensor, times: Tensor, text: Tensor, bars: Tensor
+    unet: UNet2DConditionModel,
+    clean: Tensor,
+    noise: Tensor,
+    times: Tensor,
+    text: Tensor,
+    bars: Tensor,
 ) -> Tensor:
     """Weighted squared error of the predicted noise."""
     bar = bars[times].reshape(-1, 1, 1, 1)
-    made = unet(bar.sqrt() * clean + (1 - bar).sqrt() * noise, times, encoder_hidden_states=text).sample
+    made = unet(
+        bar.sqrt() * clean + (1 - bar).sqrt() * noise, times, encoder_hidden_states=text
+    ).sample
     snr = (bar / (1 - bar)).flatten()
     weight = snr.clamp(max=SNR_LIMIT) / snr
     return (weight * (made - noise).square().mean((1, 2, 3))).mean()
@@ -122,9 +141,15 @@ def main() -> None:
     parser = common.arguments(__doc__ or "", steps=2500, batch=64, lr=1e-3)
     parser.add_argument("phase", choices=sorted(PHASES))
     parser.add_argument("--pictures", type=int, default=40_000, help="training pictures")
-    parser.add_argument("--decay", type=float, default=0.0, help="last share of the steps over which the rate falls")
-    parser.add_argument("--more", action="store_true", help="start from this phase's own committed weights")
-    parser.add_argument("--prepare", action="store_true", help="only compute the latents of the phase")
+    parser.add_argument(
+        "--decay", type=float, default=0.0, help="last share of the steps over which the rate falls"
+    )
+    parser.add_argument(
+        "--more", action="store_true", help="start from this phase's own committed weights"
+    )
+    parser.add_argument(
+        "--prepare", action="store_true", help="only compute the latents of the phase"
+    )
     options = parser.parse_args()
     if options.prepare:
         torch.set_num_threads(options.threads)
@@ -146,20 +171,32 @@ def train(options: argparse.Namespace) -> None:
     texts = Texts(data.captions, options.out)
     unet = build()
     if start is not None:
-        stored = UNet2DConditionModel.from_pretrained(str(options.out / "unet" / start), dtype=torch.float32)
+        stored = UNet2DConditionModel.from_pretrained(
+            str(options.out / "unet" / start), dtype=torch.float32
+        )
         unet.load_state_dict(stored.state_dict())
     unet = unet.to(memory_format=torch.channels_last)
     bars = scheduler().alphas_cumprod
     # All phases draw the same timesteps and noise at the same step: the seed does not name the phase.
     training = common.Training(
-        f"unet-{options.phase}", unet, options, ema=0.9985, warmup=100, decay=options.decay, weight_decay=0.01
+        f"unet-{options.phase}",
+        unet,
+        options,
+        ema=0.9985,
+        warmup=100,
+        decay=options.decay,
+        weight_decay=0.01,
     )
 
     def loss_of(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rows = common.batch_indices(step, options.batch, len(data), options.seed)
-        latents = clean[torch.from_numpy(rows)].float().contiguous(memory_format=torch.channels_last)
+        latents = (
+            clean[torch.from_numpy(rows)].float().contiguous(memory_format=torch.channels_last)
+        )
         # One timestep from each of n equal parts: less variance than independent draws, at no cost.
-        parts = torch.randperm(len(rows), generator=generator) + torch.rand(len(rows), generator=generator)
+        parts = torch.randperm(len(rows), generator=generator) + torch.rand(
+            len(rows), generator=generator
+        )
         times = (parts * (1000 / len(rows))).long().clamp(max=999)
         noise = torch.randn(latents.shape, generator=generator)
         dropped = torch.rand(len(rows), generator=generator) < DROPPED_CAPTIONS
@@ -172,7 +209,12 @@ def train(options: argparse.Namespace) -> None:
         aside = folder.with_name(f".{options.phase}")
         finished.eval().half().save_pretrained(aside)
         record = {"step": training.step, "steps": options.steps, "setting": setting, "from": start}
-        record |= {"batch": options.batch, "lr": options.lr, "seed": options.seed, "decay": options.decay}
+        record |= {
+            "batch": options.batch,
+            "lr": options.lr,
+            "seed": options.seed,
+            "decay": options.decay,
+        }
         common.write_json(aside / "training.json", record)
         shutil.rmtree(folder, ignore_errors=True)
         aside.replace(folder)

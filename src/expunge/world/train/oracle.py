@@ -25,11 +25,17 @@ from expunge.world.train.data import Pool, pool
 BROKEN_SHARE = 1 / 6
 
 
-def reconstructions(data: Pool, options: argparse.Namespace, count: int) -> tuple[np.ndarray, np.ndarray]:
+def reconstructions(
+    data: Pool, options: argparse.Namespace, count: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Autoencoder copies of the first ``count`` pictures, and decoded random latents, uint8, computed once."""
     file = data.folder / f"copies-{count}.npy"
     if not file.exists():
-        vae = AutoencoderKL.from_pretrained(str(options.out / "vae")).eval().to(memory_format=torch.channels_last)
+        vae = (
+            AutoencoderKL.from_pretrained(str(options.out / "vae"))
+            .eval()
+            .to(memory_format=torch.channels_last)
+        )
         generator = torch.Generator().manual_seed(options.seed)
         parts = []
         with torch.no_grad():
@@ -39,7 +45,13 @@ def reconstructions(data: Pool, options: argparse.Namespace, count: int) -> tupl
                 if first >= count - count // 10:
                     latents = random_latents(latents, generator)
                 made = vae.decode(latents).sample
-                parts.append(((made / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+                parts.append(
+                    ((made / 2 + 0.5).clamp(0, 1) * 255)
+                    .round()
+                    .to(torch.uint8)
+                    .permute(0, 2, 3, 1)
+                    .numpy()
+                )
         np.save(file, np.concatenate(parts), allow_pickle=False)
     copies = np.load(file, allow_pickle=False)
     return copies[: count - count // 10], copies[count - count // 10 :]
@@ -48,7 +60,9 @@ def reconstructions(data: Pool, options: argparse.Namespace, count: int) -> tupl
 def random_latents(latents: Tensor, generator: torch.Generator) -> Tensor:
     """Latents that mean nothing: smooth or rough noise of the right size, or two pictures averaged."""
     rough = torch.randn(latents.shape, generator=generator)
-    smooth = F.interpolate(torch.randn(*latents.shape[:2], 5, 5, generator=generator), size=latents.shape[-2:])
+    smooth = F.interpolate(
+        torch.randn(*latents.shape[:2], 5, 5, generator=generator), size=latents.shape[-2:]
+    )
     blend = (latents + latents.roll(1, 0)) / 2
     kind = torch.randint(0, 3, (len(latents), 1, 1, 1), generator=generator)
     scale = latents.std()
@@ -62,7 +76,9 @@ def broken(pixels: Tensor, generator: torch.Generator) -> Tensor:
     blend = (pixels + pixels.roll(1, 0) + pixels.roll(2, 0)) / 3
     patches = pixels.unfold(2, 8, 8).unfold(3, 8, 8).flatten(2, 3)
     order = torch.randperm(64, generator=generator)
-    mixed = patches[:, :, order].unflatten(2, (8, 8)).permute(0, 1, 2, 4, 3, 5).reshape(pixels.shape)
+    mixed = (
+        patches[:, :, order].unflatten(2, (8, 8)).permute(0, 1, 2, 4, 3, 5).reshape(pixels.shape)
+    )
     strong = (pixels + 0.8 * torch.randn(pixels.shape, generator=generator)).clamp(0, 1)
     kind = torch.randint(0, 5, (len(pixels), 1, 1, 1), generator=generator)
     out = noise
@@ -81,7 +97,9 @@ def augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:
     mix = torch.rand(n, generator=generator) * (torch.rand(n, generator=generator) < 0.4)
     pixels = torch.lerp(pixels, soft, mix)
     spread = 0.08 * torch.rand(n, generator=generator)
-    return (pixels * gain + offset + spread * torch.randn(pixels.shape, generator=generator)).clamp(0, 1)
+    return (pixels * gain + offset + spread * torch.randn(pixels.shape, generator=generator)).clamp(
+        0, 1
+    )
 
 
 def labels_of(data: Pool, rows: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
@@ -91,13 +109,19 @@ def labels_of(data: Pool, rows: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
     for name in ("object", "colour", "style"):
         found[name] = torch.where(thing, found[name], len(HEADS[name]) - 1)
     found["person"] = torch.where(found["person"] < 0, len(v.PEOPLE_NAMES), found["person"])
-    found["expression"] = torch.where(found["expression"] < 0, len(v.EXPRESSIONS), found["expression"])
+    found["expression"] = torch.where(
+        found["expression"] < 0, len(v.EXPRESSIONS), found["expression"]
+    )
     single = [data.labels[k][rows] for k in ("hazard", *(f"stamp_{m}" for m in v.MARKS))]
-    flags = np.concatenate([data.labels["presence"][rows], np.stack(single, 1), np.zeros((len(rows), 1))], 1)
+    flags = np.concatenate(
+        [data.labels["presence"][rows], np.stack(single, 1), np.zeros((len(rows), 1))], 1
+    )
     return found, torch.from_numpy(flags.astype(np.float32))
 
 
-def oracle_loss(heads: dict[str, Tensor], flags: Tensor, aims: dict[str, Tensor], truth: Tensor) -> Tensor:
+def oracle_loss(
+    heads: dict[str, Tensor], flags: Tensor, aims: dict[str, Tensor], truth: Tensor
+) -> Tensor:
     """Sum of the heads' cross-entropies and the mean binary cross-entropy of the flags."""
     loss = 4 * F.binary_cross_entropy_with_logits(flags, truth)
     for name, logits in heads.items():
@@ -110,7 +134,10 @@ def calibrate(model: Oracle, data: Pool, count: int = 3000) -> None:
     rows = np.arange(count)
     aims, truth = labels_of(data, rows)
     with torch.no_grad():
-        parts = [model.logits(common.as_float(data.images[rows[i : i + 200]], False)) for i in range(0, count, 200)]
+        parts = [
+            model.logits(common.as_float(data.images[rows[i : i + 200]], False))
+            for i in range(0, count, 200)
+        ]
     grid = torch.logspace(-0.7, 0.7, 57)
     for index, name in enumerate(HEADS):
         logits = torch.cat([part[0][name] for part in parts])

@@ -27,19 +27,33 @@ def train(captions: list[str], merges: int, length: int) -> CLIPTokenizer:
     learner = Tokenizer(BPE(end_of_word_suffix="</w>", unk_token=END))
     learner.normalizer = normalizers.Lowercase()
     learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     trainer = trainers.BpeTrainer(
-        vocab_size=512 + merges, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
+        vocab_size=512 + merges,
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     learner.train_from_iterator(captions, trainer)
     import json
 
     learned = json.loads(learner.to_str())["model"]["merges"]
-    pairs = [tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in learned][:merges]
+    pairs = [
+        tuple(pair) if not isinstance(pair, str) else tuple(pair.split(" ")) for pair in learned
+    ][:merges]
     # CLIP's order: bytes, bytes that end a word, merges, the two special tokens.
     alphabet = sorted(letters)
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in pairs), START, END]
+    tokens = [
+        *alphabet,
+        *(letter + "</w>" for letter in alphabet),
+        *("".join(pair) for pair in pairs),
+        START,
+        END,
+    ]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(
         vocab=vocab, merges=pairs, bos_token=START, eos_token=END, pad_token=END, unk_token=END,

@@ -1,0 +1,1 @@
+"""Running things more than once: recorded claims, the status of the catalogue."""
