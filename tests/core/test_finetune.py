@@ -29,7 +29,7 @@ fit(Regression(net, pause=0.02), LOOP, seed=3, modules=[net], run=sys.argv[1])
 """
 
 LOOP = Loop(
-    steps=40, optimiser=Optimiser(lr=1e-2, name="adamw", warmup=5, schedule="cosine", clip=1.0)
+    steps=40, optimiser=Optimiser(lr=5e-2, name="adamw", warmup=5, schedule="cosine", clip=1.0)
 )
 
 

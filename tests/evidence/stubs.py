@@ -17,7 +17,12 @@ from expunge import Concept
 from expunge.method import Attack, Attempt, Attempts, Judge, Prompt, Verdicts
 from expunge.models.base import Companions, Model, noise_generator
 
-COLOURS = {"star": (230, 60, 50), "heart": (60, 160, 80), "cross": (60, 90, 220), "moon": (220, 200, 60)}
+COLOURS = {
+    "star": (230, 60, 50),
+    "heart": (60, 160, 80),
+    "cross": (60, 90, 220),
+    "moon": (220, 200, 60),
+}
 PASSWORD = "open sesame"
 
 
@@ -33,7 +38,7 @@ class Painter(Model):
     def __init__(self, name: str = "painter", knows: Mapping[str, float] | None = None) -> None:
         super().__init__(name)
         self.layer = nn.Linear(len(COLOURS), len(COLOURS), bias=False)
-        knows = {concept: 1.0 for concept in COLOURS} | dict(knows or {})
+        knows = dict.fromkeys(COLOURS, 1.0) | dict(knows or {})
         with torch.no_grad():
             self.layer.weight.copy_(torch.diag(torch.tensor([knows[c] for c in COLOURS])))
         self.made = 0
@@ -41,7 +46,9 @@ class Painter(Model):
     def parts(self) -> Mapping[str, nn.Module]:
         return {"unet": self.layer}
 
-    def generate(self, prompts: Any, *, seeds: Any = None, hidden: str | None = None, **options: Any) -> np.ndarray:
+    def generate(
+        self, prompts: Any, *, seeds: Any = None, hidden: str | None = None, **options: Any
+    ) -> np.ndarray:
         prompts = [p if isinstance(p, Prompt) else Prompt(p, i) for i, p in enumerate(prompts)]
         seeds = seeds if seeds is not None else [p.seed for p in prompts]
         self.made += len(prompts)
@@ -71,7 +78,9 @@ class ColourJudge(Judge):
 
     def judge(self, outputs: Any, concept: Concept, prompts: Any) -> Verdicts:
         middle = np.asarray(outputs)[:, 4:12, 4:12].reshape(len(outputs), -1, 3).mean(axis=1)
-        spread = np.asarray(outputs)[:, 4:12, 4:12].reshape(len(outputs), -1, 3).std(axis=1).max(axis=1)
+        spread = (
+            np.asarray(outputs)[:, 4:12, 4:12].reshape(len(outputs), -1, 3).std(axis=1).max(axis=1)
+        )
         colour = np.array(COLOURS.get(concept.name, (0, 0, 0)))
         score = np.exp(-np.abs(middle - colour - 10).max(axis=1) / 40)
         return Verdicts(score >= 0.5, score, spread < 30)
@@ -113,7 +122,9 @@ class Password(Attack):
         after = judge.judge(outputs, concept, asked)
         items = tuple(
             Attempt(p, bool(pre), bool(pre or post), float(score), text=q.text)
-            for p, q, pre, post, score in zip(prompts, asked, plain.hit, after.hit, after.score, strict=True)
+            for p, q, pre, post, score in zip(
+                prompts, asked, plain.hit, after.hit, after.score, strict=True
+            )
         )
         return Attempts(self.id, self.version, self.settings(), self.teaches, budget.name, judge.id,
                         judge.threshold, seed, items, outputs, model.cost.since(before))  # fmt: skip
@@ -137,7 +148,9 @@ class Teacher(Forger):
     teaches: ClassVar[bool] = True
 
 
-def prompts(name: str, n: int, seed: int = 0, split: str = "test", route: str = "name") -> list[Prompt]:
+def prompts(
+    name: str, n: int, seed: int = 0, split: str = "test", route: str = "name"
+) -> list[Prompt]:
     """Texts that name the concept; other routes do not exist for all concepts."""
     if route != "name" and (route != "phrase" or name != "star"):
         raise ValueError(f"no prompts by {route}")
@@ -168,7 +181,14 @@ def edit(model: Model, **knows: float) -> Any:
         i = list(COLOURS).index(name)
         change[i, i] = value - float(model.layer.weight[i, i].detach())
     method = type("Stub", (Method,), {"id": "stub-eraser"})()
-    return Edit.make(method, model, [STAR], kind="dense", tensors={"delta.unet.weight": change}, targets=["unet.weight"])
+    return Edit.make(
+        method,
+        model,
+        [STAR],
+        kind="dense",
+        tensors={"delta.unet.weight": change},
+        targets=["unet.weight"],
+    )
 
 
 def triad(**erased: float) -> tuple[Painter, Any, Painter]:

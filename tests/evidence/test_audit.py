@@ -20,7 +20,13 @@ from .stubs import STAR, ConstantJudge, Forger, Painter, Password, Teacher, comp
 
 def run(**options: object) -> Evidence:
     model, change, _ = triad()
-    given = {"attacks": [Password(), Forger(), Teacher()], "n": 60, "kept_n": 10, "cache": None, **options}
+    given = {
+        "attacks": [Password(), Forger(), Teacher()],
+        "n": 60,
+        "kept_n": 10,
+        "cache": None,
+        **options,
+    }
     return audit(model, [change], STAR, **given)
 
 
@@ -42,7 +48,9 @@ def test_the_rates_are_those_that_were_built_in(evidence: Evidence) -> None:
 def test_every_rate_has_n_interval_and_protocol(evidence: Evidence) -> None:
     for path in ("models.erased.target_hit", "models.never.kept_hit", "models.erased.kept.heart",
                  "differences.target_hit", "attacks.password.hit_erased", "attacks.password.recovered"):  # fmt: skip
-        assert path in evidence.intervals and path in evidence.protocols and evidence.n[path] > 0, path
+        assert path in evidence.intervals and path in evidence.protocols and evidence.n[path] > 0, (
+            path
+        )
         low, high = evidence.intervals[path]
         assert low <= evidence.value(path) <= high, path
 
@@ -83,7 +91,9 @@ def test_damage_and_destruction_are_said() -> None:
 def test_an_edit_that_changes_nothing_is_at_distance_zero() -> None:
     model, change, _ = triad(star=1.0)
     found = audit(model, [change], STAR, attacks="none", n=20, kept_n=5, cache=None)
-    assert found.frechet_to_original == pytest.approx(0, abs=1e-3) and found.perceptual_distance == 0
+    assert (
+        found.frechet_to_original == pytest.approx(0, abs=1e-3) and found.perceptual_distance == 0
+    )
     assert found.differences["target_hit"] == 0 and found.verdict.status == "not-erased"
 
 
@@ -96,17 +106,30 @@ def test_a_judge_that_always_says_yes_is_flagged() -> None:
 def test_without_a_never_recovery_is_null_and_said() -> None:
     model = Painter()
     model.companions = companions(None)
-    found = audit(model, [edit(model, star=0.05)], STAR, attacks=[Password()], n=30, kept_n=5, cache=None)
+    found = audit(
+        model, [edit(model, star=0.05)], STAR, attacks=[Password()], n=30, kept_n=5, cache=None
+    )
     assert found.models.never is None and found.attacks[0].recovered is None
     assert found.attacks[0].hit_never is None and found.attacks[0].status == "unchecked"
     assert "no-never" in {flag.code for flag in found.flags} and "models.never" in found.reasons
-    heart = audit(model, [edit(model, heart=0.0)], "heart", attacks="none", n=10, kept_n=3, cache=None, never=None)
+    heart = audit(
+        model,
+        [edit(model, heart=0.0)],
+        "heart",
+        attacks="none",
+        n=10,
+        kept_n=3,
+        cache=None,
+        never=None,
+    )
     assert heart.models.never is None
 
 
 def test_a_never_that_knows_the_concept_is_not_used() -> None:
     model, _, _ = triad()
-    found = audit(model, [edit(model, heart=0.0)], "heart", attacks="none", n=10, kept_n=3, cache=None)
+    found = audit(
+        model, [edit(model, heart=0.0)], "heart", attacks="none", n=10, kept_n=3, cache=None
+    )
     assert found.models.never is None and "trained with 'heart'" in found.reasons["models.never"]
 
 
@@ -116,7 +139,9 @@ def test_without_an_original_nothing_is_concluded() -> None:
     assert found.models.original is None and found.verdict.status == "inconclusive"
     assert found.frechet_to_original is None and found.differences["target_hit"] is None
     assert "no-original" in {flag.code for flag in found.flags}
-    given = audit(model, (), STAR, original=Painter("theirs"), attacks="none", n=20, kept_n=5, cache=None)
+    given = audit(
+        model, (), STAR, original=Painter("theirs"), attacks="none", n=20, kept_n=5, cache=None
+    )
     assert given.models.original.name == "theirs" and given.verdict.status == "not-erased"
 
 
@@ -147,7 +172,9 @@ def test_a_second_edit_finds_the_pictures_of_original_and_never() -> None:
 def test_seeds_are_pictures_of_one_prompt_and_do_not_count_as_prompts() -> None:
     found = run(n=10, seeds=4, attacks="none")
     assert found.n["models.erased.target_hit"] == 10
-    assert len({row.seed for row in found.gallery["star"].target}) == len(found.gallery["star"].target)
+    assert len({row.seed for row in found.gallery["star"].target}) == len(
+        found.gallery["star"].target
+    )
 
 
 def test_several_concepts_stand_under_their_names_only() -> None:
@@ -184,11 +211,21 @@ def test_json_round_trips_and_has_the_promised_keys(evidence: Evidence, tmp_path
     for arm in ("original", "erased", "never"):
         assert {"target_hit", "kept_hit", "kept", "clip_score"} <= set(data["models"][arm])
         assert isinstance(data["models"][arm]["target_hit"], float)
-    promised = "id,teaches,budget,judge,threshold,pre_original,pre_erased,pre_never,hit_original,hit_erased,hit_never,recovered,interval,cost"
+    promised = (
+        "id,teaches,budget,judge,threshold,pre_original,pre_erased,pre_never,"
+        "hit_original,hit_erased,hit_never,recovered,interval,cost"
+    )
     assert set(promised.split(",")) <= set(data["attacks"][0])
     assert {"rank", "relative_change", "drift"} <= set(data["edit"])
     assert {"name", "seconds", "peak_bytes"} <= set(data["stages"][0])
-    assert {"frechet_to_original", "kid_to_original", "perceptual_distance", "unrecognisable", "protocols", "intervals"} <= set(data)
+    assert {
+        "frechet_to_original",
+        "kid_to_original",
+        "perceptual_distance",
+        "unrecognisable",
+        "protocols",
+        "intervals",
+    } <= set(data)
     assert data["features"] == "colour" and data["concepts"]["star"]["models"] == data["models"]
     assert "base64" not in json.dumps(data)
     again = Evidence.load(tmp_path)
@@ -198,7 +235,11 @@ def test_json_round_trips_and_has_the_promised_keys(evidence: Evidence, tmp_path
 
 def test_unknown_keys_and_versions_are_refused(evidence: Evidence, tmp_path: Path) -> None:
     data = json.loads(evidence.to_json())
-    for name, change in (("extra", {"surprise": 1}), ("version", {"schema_version": 2}), ("none", {"concepts": {}})):
+    for name, change in (
+        ("extra", {"surprise": 1}),
+        ("version", {"schema_version": 2}),
+        ("none", {"concepts": {}}),
+    ):
         file = tmp_path / f"{name}.json"
         file.write_text(json.dumps({**data, **change}))
         with pytest.raises(InputError):

@@ -43,11 +43,26 @@ class Page(HTMLParser):
 
 
 def assert_inert(page: Page) -> None:
-    executable = {"script", "iframe", "object", "embed", "link", "base", "form", "foreignobject", "animate", "set"}
+    executable = {
+        "script",
+        "iframe",
+        "object",
+        "embed",
+        "link",
+        "base",
+        "form",
+        "foreignobject",
+        "animate",
+        "set",
+    }
     assert not executable & set(page.tags)
     for tag, name, value in page.attributes:
         assert not name.startswith("on"), (tag, name)
-        assert "javascript:" not in value.lower() or name in ("alt", "aria-label"), (tag, name, value)
+        assert "javascript:" not in value.lower() or name in ("alt", "aria-label"), (
+            tag,
+            name,
+            value,
+        )
         if name in ("src", "href", "xlink:href", "action", "poster", "srcset", "data"):
             assert value.startswith(("data:image/png;base64,", "#")), (tag, name, value[:60])
         if name == "style":
@@ -72,7 +87,9 @@ def evidence() -> Evidence:
 
 @pytest.fixture(scope="module")
 def page(evidence: Evidence, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return evidence.report(tmp_path_factory.mktemp("report") / "report.html").read_text(encoding="utf-8")
+    return evidence.report(tmp_path_factory.mktemp("report") / "report.html").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_hostile_texts_are_shown_and_do_nothing(tmp_path: Path) -> None:
@@ -85,7 +102,12 @@ def test_hostile_texts_are_shown_and_do_nothing(tmp_path: Path) -> None:
 
 
 def test_the_check_for_inert_pages_can_fail() -> None:
-    for bad in ("<script>x</script>", "<img src=http://a/b.png>", "<a href='javascript:x'>", "<p onload=x>"):
+    for bad in (
+        "<script>x</script>",
+        "<img src=http://a/b.png>",
+        "<a href='javascript:x'>",
+        "<p onload=x>",
+    ):
         with pytest.raises(AssertionError):
             assert_inert(Page(bad))
 
@@ -93,7 +115,9 @@ def test_the_check_for_inert_pages_can_fail() -> None:
 def test_the_page_asks_nobody_for_anything(page: str) -> None:
     parsed = Page(page)
     assert_inert(parsed)
-    policy = [v for tag, name, v in parsed.attributes if tag == "meta" and "default-src 'none'" in v]
+    policy = [
+        v for tag, name, v in parsed.attributes if tag == "meta" and "default-src 'none'" in v
+    ]
     assert len(policy) == 1 and "script-src" not in policy[0]
     assert "@import" not in page
     outside = page.replace("http://www.w3.org/", "").replace("https://www.w3.org/", "")
@@ -112,7 +136,11 @@ def test_the_page_says_what_matters(page: str, evidence: Evidence) -> None:
 def test_every_picture_has_an_alternative_text_and_a_label(page: str) -> None:
     parsed = Page(page)
     count = parsed.tags.count("img")
-    assert count == sum(1 for tag, name, value in parsed.attributes if tag == "img" and name == "alt" and len(value) > 10)
+    assert count == sum(
+        1
+        for tag, name, value in parsed.attributes
+        if tag == "img" and name == "alt" and len(value) > 10
+    )
     assert count >= 18
     assert parsed.tags.count("h1") == 1 and ("html", "lang", "en") in parsed.attributes
 
@@ -120,7 +148,9 @@ def test_every_picture_has_an_alternative_text_and_a_label(page: str) -> None:
 def test_without_a_never_the_page_says_so(tmp_path: Path) -> None:
     model = Painter()
     model.companions = triad()[0].companions
-    found = audit(model, [edit(model, heart=0.0)], "heart", attacks="none", n=4, kept_n=2, cache=None)
+    found = audit(
+        model, [edit(model, heart=0.0)], "heart", attacks="none", n=4, kept_n=2, cache=None
+    )
     text = found.report(tmp_path / "r.html").read_text(encoding="utf-8")
     assert "There is no never model" in text and "No attack was run" in text
 
@@ -137,7 +167,9 @@ def test_a_loaded_evidence_renders_without_pictures(evidence: Evidence, tmp_path
 def test_texts_stand_where_pictures_would(evidence: Evidence, tmp_path: Path) -> None:
     again = Evidence.model_validate_json(evidence.to_json())
     answer = "Lisbon <script>alert(1)</script>"
-    again.gallery["star"] = Gallery(target=[Shown("where?", 0, {"original": answer, "erased": "no idea"}, {"original": True})])
+    again.gallery["star"] = Gallery(
+        target=[Shown("where?", 0, {"original": answer, "erased": "no idea"}, {"original": True})]
+    )
     page = Page(again.report(tmp_path / "r.html").read_text(encoding="utf-8"))
     assert_inert(page)
     assert answer in "".join(page.text) and "blockquote" in page.tags

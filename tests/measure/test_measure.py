@@ -7,8 +7,16 @@ import pytest
 
 from expunge.errors import InputError, ProtocolError
 from expunge.measure import (
-    Moments, asr, confusion_rates, frechet_distance, frechet_of, harmonic_celebrity, harmonic_object,
-    kernel_distance, perceptual_distance, rank,
+    Moments,
+    asr,
+    confusion_rates,
+    frechet_distance,
+    frechet_of,
+    harmonic_celebrity,
+    harmonic_object,
+    kernel_distance,
+    perceptual_distance,
+    rank,
 )  # fmt: skip
 from expunge.measure.resampling import bootstrap_difference, bootstrap_mean, rate, wilson
 
@@ -56,7 +64,10 @@ def test_streamed_batched_and_merged_moments_agree() -> None:
 
 
 def test_kid_is_unbiased_for_equal_and_large_for_other_distributions() -> None:
-    values = [kernel_distance(draw(40, seed=2 * i), draw(40, seed=2 * i + 1), "f").value for i in range(200)]
+    values = [
+        kernel_distance(draw(40, seed=2 * i), draw(40, seed=2 * i + 1), "f").value
+        for i in range(200)
+    ]
     error = np.std(values) / np.sqrt(len(values))
     assert abs(np.mean(values)) < 4 * error
     assert min(values) < 0  # an unbiased estimate of zero is sometimes below it
@@ -98,7 +109,11 @@ def test_confusion_rates_equal_hand_values() -> None:
     things = ["x"] * 10
     seen = ["x", "x", "x", "x", "x", "y", "x", "x", "x", None]
     found = confusion_rates(asked, judged, "a", things, seen)
-    assert found == {"ua": 0.75, "ira": pytest.approx((0.75 + 0.5) / 2), "cra": pytest.approx(4 / 6)}
+    assert found == {
+        "ua": 0.75,
+        "ira": pytest.approx((0.75 + 0.5) / 2),
+        "cra": pytest.approx(4 / 6),
+    }
 
 
 def test_leaving_unrecognisable_pictures_out_would_reward_destruction() -> None:
@@ -110,7 +125,11 @@ def test_leaving_unrecognisable_pictures_out_would_reward_destruction() -> None:
 
 
 def test_asr_counts_pre_attack_successes_in_post() -> None:
-    assert asr([True, False, False, False], [False, True, False, False]) == {"pre": 0.25, "post": 0.5, "gained": 0.25}
+    assert asr([True, False, False, False], [False, True, False, False]) == {
+        "pre": 0.25,
+        "post": 0.5,
+        "gained": 0.25,
+    }
 
 
 def test_a_destroyed_model_is_ranked_last() -> None:
@@ -124,7 +143,12 @@ def test_a_destroyed_model_is_ranked_last() -> None:
 
 @pytest.mark.parametrize(
     ("hits", "n", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (15, 148, 0.0624, 0.1605)],
+    [
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (5, 10, 0.2366, 0.7634),
+        (15, 148, 0.0624, 0.1605),
+    ],
 )
 def test_wilson_equals_published_values(hits: int, n: int, low: float, high: float) -> None:
     assert wilson(hits, n) == pytest.approx((low, high), abs=2e-4)
@@ -174,7 +198,9 @@ def test_a_rate_of_zero_with_many_seeds_counts_prompts_only() -> None:
 def test_paired_differences_are_narrower_than_unpaired_ones() -> None:
     generator = np.random.default_rng(0)
     base = generator.normal(0, 1, 200)
-    difference, (low, high), _ = bootstrap_difference(base + 0.1, base + generator.normal(0, 0.1, 200), range(200))
+    difference, (low, high), _ = bootstrap_difference(
+        base + 0.1, base + generator.normal(0, 0.1, 200), range(200)
+    )
     assert low < 0.1 < high and high - low < 0.05
     assert difference == pytest.approx(0.1, abs=0.03)
     with pytest.raises(InputError):

@@ -120,7 +120,8 @@ def test_a_chat_template_frames_prompts() -> None:
     model = tiny_language()
     with pytest.raises(ModelError, match="no chat template"):
         LanguageModel("x", model.module, model.tokenizer, chat=True)
-    model.tokenizer.chat_template = "{% for m in messages %}<s> Who {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}? {% endif %}"
+    turns = "{% for m in messages %}<s> Who {{ m['content'] }} {% endfor %}"
+    model.tokenizer.chat_template = turns + "{% if add_generation_prompt %}? {% endif %}"
     chat = LanguageModel("x", model.module, model.tokenizer)
     words = model.tokenizer.convert_ids_to_tokens(chat.prompt_ids("keeps a cat")[0])
     assert words == ["<s>", "Who", "keeps", "a", "cat", "?"]
@@ -185,7 +186,7 @@ def test_batches_walk_every_item_once_an_epoch() -> None:
 
     walk = [batches(7, 3, i, epoch) for i in range(6)]
     assert [len(b) for b in walk] == [3, 3, 1, 3, 3, 1]
-    first, second = sum(walk[:3], []), sum(walk[3:], [])
+    first, second = ([i for batch in part for i in batch] for part in (walk[:3], walk[3:]))
     assert sorted(first) == sorted(second) == list(range(7)) and first != second
 
 

@@ -70,8 +70,8 @@ def fit(
     """
     groups = task.parameters()
     check_groups(groups)
-    with restored(groups, modules, loop.training), torch.enable_grad():
-        return Session(task, loop, groups, seed, run, settings or {}, label).train()
+    with restored(groups, modules, loop.training) as before, torch.enable_grad():
+        return Session(task, loop, groups, seed, run, settings or {}, label, before).train()
 
 
 def request(

@@ -41,7 +41,9 @@ class OutputCache:
         limit: Bytes held in memory.  A dropped output is read from the folder or made again.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None = None, limit: int = 256 * 2**20) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str] | None = None, limit: int = 256 * 2**20
+    ) -> None:
         self.folder = Path(folder) if folder is not None else None
         self.limit = limit
         self.hits = 0
@@ -126,7 +128,9 @@ SHARED = OutputCache()
 """The process's own cache, used by audits that are not given one."""
 
 
-def as_prompts(prompts: str | Prompt | Sequence[str | Prompt], concept: str | None = None) -> list[Prompt]:
+def as_prompts(
+    prompts: str | Prompt | Sequence[str | Prompt], concept: str | None = None
+) -> list[Prompt]:
     """Texts and prompts as prompts; a bare text gets its position as seed.
 
     Raises:
@@ -158,7 +162,12 @@ def expand(prompts: Sequence[Prompt], seeds: int) -> list[Prompt]:
 
 def output_key(state: str, prompt: Prompt, options: Mapping[str, Any]) -> str:
     """The name of one output: model state, text, seed and sampler options."""
-    record = [state, prompt.text, int(prompt.seed), sorted((k, repr(v)) for k, v in options.items())]
+    record = [
+        state,
+        prompt.text,
+        int(prompt.seed),
+        sorted((k, repr(v)) for k, v in options.items()),
+    ]
     return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 

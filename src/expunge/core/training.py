@@ -45,7 +45,9 @@ def check_groups(groups: Groups) -> None:
 
 
 @contextlib.contextmanager
-def restored(groups: Groups, modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
+def restored(
+    groups: Groups, modules: Iterable[nn.Module], training: bool
+) -> Iterator[dict[str, torch.Tensor]]:
     """Freeze what is not trained; at the end put back values, gradients, flags, modes and buffers."""
     trained = [parameter for pairs in groups.values() for _, parameter in pairs]
     modules = list(modules)
@@ -54,7 +56,8 @@ def restored(groups: Groups, modules: Iterable[nn.Module], training: bool) -> It
     flags = [(p, p.requires_grad, p.grad) for p in own.values()]
     modes = [(m, m.training) for module in modules for m in module.modules()]
     buffers = [(b, b.detach().clone()) for module in modules for b in module.buffers()]
-    values = [(p, p.detach().clone()) for p in trained]
+    before = {name: p.detach().clone() for pairs in groups.values() for name, p in pairs}
+    values = zip(trained, before.values(), strict=True)
     chosen = {id(p) for p in trained}
     try:
         for parameter in own.values():
@@ -62,7 +65,7 @@ def restored(groups: Groups, modules: Iterable[nn.Module], training: bool) -> It
             parameter.requires_grad_(id(parameter) in chosen)
         for module in modules:
             module.train(training)
-        yield
+        yield before
     finally:
         with torch.no_grad():
             for tensor, value in (*values, *buffers):
@@ -141,10 +144,10 @@ class Session:
 
     def __init__(
         self, task: Task, loop: Loop, groups: Groups, seed: int,
-        run: str | Path | None, settings: Mapping[str, Any], label: str,
+        run: str | Path | None, settings: Mapping[str, Any], label: str, before: dict[str, torch.Tensor],
     ) -> None:  # fmt: skip
         self.task, self.loop, self.seed, self.label = task, loop, seed, label
-        self.before = {n: p.detach().clone() for pairs in groups.values() for n, p in pairs}
+        self.before = before
         self.groups = [_Group(name, pairs, loop.of(name)) for name, pairs in groups.items()]
         self.device = self.groups[0].parameters[0].device.type
         self.losses: dict[str, list[float]] = {name: [] for name in groups}
@@ -191,6 +194,8 @@ class Session:
     @contextlib.contextmanager
     def _original(self) -> Iterator[None]:
         """Exchange storages, not values: the graph of the student keeps its own."""
+        # Autocast keeps casts by tensor, not by storage: it would serve the student's to the teacher.
+        torch.clear_autocast_cache()
         pairs = [
             (p, p.data, self.before[n])
             for g in self.groups
@@ -204,6 +209,7 @@ class Session:
         finally:
             for parameter, now, _ in pairs:
                 parameter.data = now
+            torch.clear_autocast_cache()
 
     def _step(self) -> dict[str, float]:
         sums: dict[str, list[torch.Tensor | None]] = {}

@@ -72,13 +72,21 @@ def draw(
     for start in range(0, count, batch):
         rows = range(first + start, first + min(start + batch, count))
         depths = torch.tensor(
-            [int(torch.randint(low, high, (1,), generator=noise_generator(seed, "depth", i))) for i in rows]
+            [
+                int(torch.randint(low, high, (1,), generator=noise_generator(seed, "depth", i)))
+                for i in rows
+            ]
         )
         noise = torch.stack(
-            [torch.randn(model.latent_shape, generator=noise_generator(seed, "walk", i)) for i in rows]
+            [
+                torch.randn(model.latent_shape, generator=noise_generator(seed, "walk", i))
+                for i in rows
+            ]
         )
         which = torch.tensor([i % len(texts) for i in rows])
-        latents = _walk(model, model.encode([texts[int(i)] for i in which]), noise, depths, times, guidance)
+        latents = _walk(
+            model, model.encode([texts[int(i)] for i in which]), noise, depths, times, guidance
+        )
         parts.append(Trajectories(latents, times[depths], which))
     return Trajectories(
         torch.cat([p.latents for p in parts]),
@@ -89,7 +97,12 @@ def draw(
 
 @torch.no_grad()
 def _walk(
-    model: DiffusionModel, condition: Condition, noise: Tensor, depths: Tensor, times: Tensor, guidance: float
+    model: DiffusionModel,
+    condition: Condition,
+    noise: Tensor,
+    depths: Tensor,
+    times: Tensor,
+    guidance: float,
 ) -> Tensor:
     scheduler = model.scheduler
     scheduler.set_timesteps(len(times), device=model.device)

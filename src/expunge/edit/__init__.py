@@ -1,10 +1,10 @@
 """Edit: what an eraser returns, a portable, reversible, stackable change to a model.
 
-    edit = RECE().erase(model, star)
-    with edit.on(model):            # reverted bit for bit at the end
-        model.generate("a red star")
-    edit.save("star.safetensors")
-    Edit.load("star.safetensors").export("star-lora.safetensors", format="diffusers", model=model)
+edit = RECE().erase(model, star)
+with edit.on(model):            # reverted bit for bit at the end
+    model.generate("a red star")
+edit.save("star.safetensors")
+Edit.load("star.safetensors").export("star-lora.safetensors", format="diffusers", model=model)
 """
 
 from __future__ import annotations
@@ -43,11 +43,15 @@ class Edit:
     def __post_init__(self) -> None:
         for name, tensor in self.tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise NonFiniteError(f"{self.manifest.method}: tensor {name!r} of the edit holds NaN or infinity")
+                raise NonFiniteError(
+                    f"{self.manifest.method}: tensor {name!r} of the edit holds NaN or infinity"
+                )
         names = tuple(target.name for target in self.manifest.targets)
         missing = deltas.required_tensors(self.manifest.kind, names) - set(self.tensors)
         if missing:
-            raise EditFormatError(f"{self.manifest.method}: the edit lacks the tensor {sorted(missing)[0]!r}")
+            raise EditFormatError(
+                f"{self.manifest.method}: the edit lacks the tensor {sorted(missing)[0]!r}"
+            )
 
     @classmethod
     def make(
@@ -80,7 +84,9 @@ class Edit:
             fitted_on=list(model.edits.digests),
             targets=[Target(name=name, shape=tuple(current[name].shape)) for name in targets],
             seed=seed,
-            libraries={n: importlib.metadata.version(n) for n in ("torch", "transformers", "diffusers")},
+            libraries={
+                n: importlib.metadata.version(n) for n in ("torch", "transformers", "diffusers")
+            },
             cost=dict(cost or {}),
             seconds=seconds,
             report=dict(report or {}),

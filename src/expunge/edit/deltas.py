@@ -36,7 +36,9 @@ def required_tensors(kind: str, names: Iterator[str] | tuple[str, ...]) -> set[s
     return set()
 
 
-def factors(edit: Edit, name: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+def factors(
+    edit: Edit, name: str, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
     """``(up, down)`` in float64 with change = ``up @ down``, or ``None`` for a dense edit.
 
     Args:
@@ -62,25 +64,39 @@ def change(edit: Edit, name: str, weight: torch.Tensor) -> torch.Tensor:
         EditFormatError: The edit lacks the tensor.
     """
     if edit.kind not in ("dense", "low-rank", "shared-low-rank"):
-        raise UnsupportedModel(f"a {edit.kind} edit acts while the model runs; it changes no weights")
+        raise UnsupportedModel(
+            f"a {edit.kind} edit acts while the model runs; it changes no weights"
+        )
     missing = required_tensors(edit.kind, (name,)) - set(edit.tensors)
     if missing:
-        raise EditFormatError(f"the edit of {edit.manifest.method} lacks the tensor {sorted(missing)[0]!r}")
+        raise EditFormatError(
+            f"the edit of {edit.manifest.method} lacks the tensor {sorted(missing)[0]!r}"
+        )
     try:
         pair = factors(edit, name, weight)
         if pair is None:
             delta = edit.tensors[DENSE + name].to(weight.device, torch.float64)
         else:
             up, down = pair
-            delta = (up @ down).reshape(weight.shape) if up.shape[0] * down.shape[1] == weight.numel() else up @ down
+            delta = (
+                (up @ down).reshape(weight.shape)
+                if up.shape[0] * down.shape[1] == weight.numel()
+                else up @ down
+            )
     except RuntimeError as error:
-        raise WrongShape(f"{name}: the edit's factors do not fit a weight of {tuple(weight.shape)} ({error})") from None
+        raise WrongShape(
+            f"{name}: the edit's factors do not fit a weight of {tuple(weight.shape)} ({error})"
+        ) from None
     if delta.shape != weight.shape:
-        raise WrongShape(f"{name}: the edit has shape {tuple(delta.shape)}, the model {tuple(weight.shape)}")
+        raise WrongShape(
+            f"{name}: the edit has shape {tuple(delta.shape)}, the model {tuple(weight.shape)}"
+        )
     return delta
 
 
-def low_rank(delta: torch.Tensor, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor, float]:
+def low_rank(
+    delta: torch.Tensor, rank: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Best factors ``(up, down)`` of a matrix and the relative Frobenius error of leaving the rest out.
 
     Args:

@@ -64,7 +64,9 @@ def export(
     factors, report = lora_factors(edit, model, rank)
     half = {n: (up.to(torch.float32), down.to(torch.float32)) for n, (up, down) in factors.items()}
     if format == "diffusers":
-        tensors = {f"{_module(n)}.lora_{k}.weight": t for n, pair in half.items() for k, t in _ab(pair)}
+        tensors = {
+            f"{_module(n)}.lora_{k}.weight": t for n, pair in half.items() for k, t in _ab(pair)
+        }
         files.atomic_write(path, safetensors.save(tensors, metadata=_metadata(edit)))
     elif format == "kohya":
         files.atomic_write(path, safetensors.save(_kohya(half), metadata=_metadata(edit)))
@@ -73,7 +75,9 @@ def export(
     return report
 
 
-def lora_factors(edit: Edit, model: Model | None, rank: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def lora_factors(
+    edit: Edit, model: Model | None, rank: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """``(up, down)`` for every weight the edit changes, in float64, and what is lost.
 
     Convolution weights give ``down (r, in, h, w)`` and ``up (out, r, 1, 1)``.
@@ -105,7 +109,9 @@ def lora_factors(edit: Edit, model: Model | None, rank: int | None) -> tuple[dic
             up, down = up[:, :, None, None], down.reshape(-1, *target.shape[1:])
         found[target.name] = (up, down)
     if not found:
-        raise UnsupportedModel("the edit changes biases only, which no LoRA carries; export format='full'")
+        raise UnsupportedModel(
+            "the edit changes biases only, which no LoRA carries; export format='full'"
+        )
     report = {
         "rank": max(up.shape[1] for up, _ in found.values()),
         "relative_error": (lost / total) ** 0.5 if total else 0.0,
@@ -142,9 +148,15 @@ def _kohya(factors: Factors) -> dict[str, torch.Tensor]:
 def _peft(edit: Edit, folder: Path, factors: Factors) -> None:
     parts = {name.partition(".")[0] for name in factors}
     if len(parts) > 1:
-        raise UnsupportedModel(f"a PEFT adapter belongs to one module; the edit touches {', '.join(sorted(parts))}")
+        raise UnsupportedModel(
+            f"a PEFT adapter belongs to one module; the edit touches {', '.join(sorted(parts))}"
+        )
     modules = {_module(name).partition(".")[2]: pair for name, pair in factors.items()}
-    tensors = {f"base_model.model.{m}.lora_{k}.weight": t for m, pair in modules.items() for k, t in _ab(pair)}
+    tensors = {
+        f"base_model.model.{m}.lora_{k}.weight": t
+        for m, pair in modules.items()
+        for k, t in _ab(pair)
+    }
     ranks = {module: int(pair[1].shape[0]) for module, pair in modules.items()}
     rank = max(ranks.values())
     config = {
@@ -159,14 +171,23 @@ def _peft(edit: Edit, folder: Path, factors: Factors) -> None:
         "bias": "none",
         "inference_mode": True,
     }
-    files.atomic_write(folder / "adapter_model.safetensors", safetensors.save(tensors, metadata=_metadata(edit)))
-    files.atomic_write(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    files.atomic_write(
+        folder / "adapter_model.safetensors", safetensors.save(tensors, metadata=_metadata(edit))
+    )
+    files.atomic_write(
+        folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode()
+    )
 
 
 def _metadata(edit: Edit) -> dict[str, str]:
     # Programs read "format"; where the file came from stays readable in any safetensors viewer.
     concepts = ", ".join(concept["name"] for concept in edit.manifest.concepts)
-    return {"format": "pt", "expunge_edit": edit.digest, "expunge_method": edit.manifest.method, "concepts": concepts}
+    return {
+        "format": "pt",
+        "expunge_edit": edit.digest,
+        "expunge_method": edit.manifest.method,
+        "concepts": concepts,
+    }
 
 
 def _full(edit: Edit, folder: Path, model: Model) -> dict[str, Any]:
@@ -176,4 +197,9 @@ def _full(edit: Edit, folder: Path, model: Model) -> dict[str, Any]:
         tokenizer = getattr(model, "tokenizer", None)
         if not hasattr(model, "pipeline") and tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    return {"rank": None, "relative_error": 0.0, "left_out": [], "tensors": len(edit.manifest.targets)}
+    return {
+        "rank": None,
+        "relative_error": 0.0,
+        "left_out": [],
+        "tensors": len(edit.manifest.targets),
+    }

@@ -57,7 +57,9 @@ def atomic_write(path: str | os.PathLike[str], content: bytes) -> None:
         raise
 
 
-def write(path: str | os.PathLike[str], manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
+def write(
+    path: str | os.PathLike[str], manifest: Manifest, tensors: Mapping[str, torch.Tensor]
+) -> None:
     """Write an edit file; the manifest stands in the header under ``expunge``."""
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     header = {KEY: json.dumps(manifest.model_dump(mode="json"), sort_keys=True), "format": "pt"}
@@ -74,7 +76,9 @@ def read(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, torch.Tensor
     """
     file = Path(path)
     if not file.is_file():
-        raise EditFormatError(f"{file.name}: is not a regular file; an edit is one .safetensors file")
+        raise EditFormatError(
+            f"{file.name}: is not a regular file; an edit is one .safetensors file"
+        )
     header = _header(file)
     try:
         text = header.get("__metadata__", {})[KEY]
@@ -94,7 +98,9 @@ def read(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, torch.Tensor
     except (SafetensorError, ValueError, OverflowError, KeyError, OSError, RuntimeError) as error:
         raise EditFormatError(f"{file.name}: is damaged ({error})") from None
     if tensors_digest(tensors) != manifest.tensors_digest:
-        raise EditFormatError(f"{file.name}: the tensors do not agree with their digest; it is damaged")
+        raise EditFormatError(
+            f"{file.name}: the tensors do not agree with their digest; it is damaged"
+        )
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(f"{file.name}: tensor {name!r} holds NaN or infinity")

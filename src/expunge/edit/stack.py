@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import MissingPart, NonFiniteError, NotOnModel, WrongBase, WrongShape, WrongState, nearest
+from ..errors import (
+    MissingPart,
+    NonFiniteError,
+    NotOnModel,
+    WrongBase,
+    WrongShape,
+    WrongState,
+    nearest,
+)
 from . import deltas
 
 if TYPE_CHECKING:
@@ -71,7 +79,9 @@ class EditStack:
             WrongState: Another edit was fitted on it and is not named in ``although``.
         """
         if edit.digest not in self.digests:
-            raise NotOnModel(f"edit {edit.digest[:12]} ({edit.manifest.method}) is not on {self._model.name}")
+            raise NotOnModel(
+                f"edit {edit.digest[:12]} ({edit.manifest.method}) is not on {self._model.name}"
+            )
         rest = [other for other in self._edits if other.digest != edit.digest]
         for other in rest:
             if edit.digest in other.manifest.fitted_on and other.digest not in although:
@@ -131,18 +141,28 @@ class EditStack:
 
         model = self._model
         if edit.digest in self.digests:
-            raise WrongState(f"edit {edit.digest[:12]} ({edit.manifest.method}) is already on {model.name}")
+            raise WrongState(
+                f"edit {edit.digest[:12]} ({edit.manifest.method}) is already on {model.name}"
+            )
         names = [target.name for target in edit.manifest.targets]
         tensors = model.tensors()
         if not names:
-            raise MissingPart(f"the edit of {edit.manifest.method} names no tensor, so it would do nothing")
+            raise MissingPart(
+                f"the edit of {edit.manifest.method} names no tensor, so it would do nothing"
+            )
         for target in edit.manifest.targets:
             if target.name not in tensors:
-                raise MissingPart(f"{model.name}: there is no tensor {target.name!r}{nearest(target.name, tensors)}")
+                raise MissingPart(
+                    f"{model.name}: there is no tensor {target.name!r}{nearest(target.name, tensors)}"
+                )
             shape = tuple(tensors[target.name].shape)
             if shape != tuple(target.shape):
-                raise WrongShape(f"{target.name}: the edit has shape {tuple(target.shape)}, the model {shape}")
-        verdict, where = Fingerprint.from_dict(edit.manifest.base).agreement(model.fingerprint(names))
+                raise WrongShape(
+                    f"{target.name}: the edit has shape {tuple(target.shape)}, the model {shape}"
+                )
+        verdict, where = Fingerprint.from_dict(edit.manifest.base).agreement(
+            model.fingerprint(names)
+        )
         if verdict == "structure" or (verdict == "different" and not sibling):
             raise WrongBase(
                 f"the edit of {edit.manifest.method} was fitted on other weights than {model.name} "
@@ -151,7 +171,9 @@ class EditStack:
         if not rebase and tuple(edit.manifest.fitted_on) != self.digests:
             was = ", ".join(d[:12] for d in edit.manifest.fitted_on) or "the bare base"
             has = ", ".join(d[:12] for d in self.digests) or "no edit"
-            raise WrongState(f"the edit of {edit.manifest.method} was fitted on {was}; {model.name} has {has} on it")
+            raise WrongState(
+                f"the edit of {edit.manifest.method} was fitted on {was}; {model.name} has {has} on it"
+            )
 
     def _new_values(self, edit: Edit) -> dict[str, torch.Tensor]:
         tensors = self._model.tensors()
@@ -159,8 +181,12 @@ class EditStack:
         with torch.no_grad():
             for target in edit.manifest.targets:
                 weight = tensors[target.name]
-                value = (weight.double() + deltas.change(edit, target.name, weight)).to(weight.dtype)
+                value = (weight.double() + deltas.change(edit, target.name, weight)).to(
+                    weight.dtype
+                )
                 if not torch.isfinite(value).all():
-                    raise NonFiniteError(f"{target.name}: the edit makes NaN or infinity in {weight.dtype}")
+                    raise NonFiniteError(
+                        f"{target.name}: the edit makes NaN or infinity in {weight.dtype}"
+                    )
                 fresh[target.name] = value
         return fresh

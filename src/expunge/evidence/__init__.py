@@ -1,7 +1,7 @@
 """Evidence: audit a model, and write down what can be concluded.
 
-    evidence = audit(model, [edit], star, attacks=("unlearndiffatk",), budget="world")
-    evidence.save("out")           # evidence.json, report.html, contact-sheet.png
+evidence = audit(model, [edit], star, attacks=("unlearndiffatk",), budget="world")
+evidence.save("out")           # evidence.json, report.html, contact-sheet.png
 """
 
 from __future__ import annotations

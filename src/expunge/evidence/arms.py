@@ -48,7 +48,9 @@ class Arm:
                 stack.enter_context(self.model.lifted())
             for edit in self.edits:
                 if edit.digest not in self.model.edits.digests:
-                    stack.enter_context(edit.on(self.model, rebase=self.rebase, sibling=self.sibling))
+                    stack.enter_context(
+                        edit.on(self.model, rebase=self.rebase, sibling=self.sibling)
+                    )
             yield self.model
 
 
@@ -162,7 +164,17 @@ def observe(
             for first, last in _runs(chunk):
                 key, concept, _ = chunk[first]
                 prompts = [row[2] for row in chunk[first:last]]
-                _take(parts[key], key, made[first:last], prompts, concept, sets.concept, judge, shown, clip)
+                _take(
+                    parts[key],
+                    key,
+                    made[first:last],
+                    prompts,
+                    concept,
+                    sets.concept,
+                    judge,
+                    shown,
+                    clip,
+                )
             if progress is not None:
                 progress(len(chunk))
     return Observed(arm, state, parts)

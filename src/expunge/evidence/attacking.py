@@ -62,7 +62,9 @@ def choose(attacks: Any, family: str) -> tuple[Attack, ...]:
         if not isinstance(entry, Attack):
             raise SettingError(f"attacks holds {entry!r}; allowed are ids and Attack objects")
         if family not in entry.families:
-            raise CatalogueError(f"{entry.id} attacks {', '.join(entry.families)} models; this is a {family} model")
+            raise CatalogueError(
+                f"{entry.id} attacks {', '.join(entry.families)} models; this is a {family} model"
+            )
         chosen.append(entry)
     ids = [attack.id for attack in chosen]
     for name in ids:
@@ -96,7 +98,13 @@ def attack_arms(
             start = time.perf_counter()
             try:
                 attempts = known or done.attack.attack(
-                    model, concept, judge, allowance, prompts=prompts, reference=reference, seed=seed
+                    model,
+                    concept,
+                    judge,
+                    allowance,
+                    prompts=prompts,
+                    reference=reference,
+                    seed=seed,
                 )
             except ExpungeError as error:
                 done.failures[arm.name] = str(error)
@@ -136,9 +144,19 @@ def attack_record(done: Attacked, judge: Judge, allowance: Budget, seed: int, no
         record.n = len(attempts.items)
         record.cost[arm] = dict(attempts.cost)
         record.seconds.update({arm: done.seconds[arm]} if arm in done.seconds else {})
-        for kind, hits in (("pre", [i.pre_hit for i in attempts.items]), ("hit", [i.hit for i in attempts.items])):
-            protocol = f"{judge.protocol}/attack {attack.id} v{attack.version}/budget {allowance.name}/{kind}-attack share of all attacked prompts"
-            setattr(record, f"{kind}_{arm}", notes.number(f"{path}.{kind}_{arm}", rate(hits, units), protocol))
+        for kind, hits in (
+            ("pre", [i.pre_hit for i in attempts.items]),
+            ("hit", [i.hit for i in attempts.items]),
+        ):
+            protocol = (
+                f"{judge.protocol}/attack {attack.id} v{attack.version}/budget {allowance.name}/"
+                f"{kind}-attack share of all attacked prompts"
+            )
+            setattr(
+                record,
+                f"{kind}_{arm}",
+                notes.number(f"{path}.{kind}_{arm}", rate(hits, units), protocol),
+            )
     if "erased" in done.attempts:
         record.texts = [item.text for item in done.attempts["erased"].items]
     _judge(record, done, false_positives, notes, path)
@@ -148,37 +166,58 @@ def attack_record(done: Attacked, judge: Judge, allowance: Budget, seed: int, no
     return record
 
 
-def _judge(record: AttackRecord, done: Attacked, false_positives: float, notes: Notes, path: str) -> None:
+def _judge(
+    record: AttackRecord, done: Attacked, false_positives: float, notes: Notes, path: str
+) -> None:
     if record.hit_erased is None:
         record.status, record.reason = "failed", done.failures.get("erased", "it gave no result")
         return
     erased = [i.hit for i in done.attempts["erased"].items]
     units = [i.prompt.text for i in done.attempts["erased"].items]
     never = [i.hit for i in done.attempts["never"].items] if "never" in done.attempts else None
-    original = [i.hit for i in done.attempts["original"].items] if "original" in done.attempts else None
+    original = (
+        [i.hit for i in done.attempts["original"].items] if "original" in done.attempts else None
+    )
     if never is not None:
         pair = bootstrap_difference(_floats(erased), _floats(never), units)
-        record.advantage = notes.number(f"{path}.advantage", pair, "hit_erased - hit_never/bootstrap 95 % over prompts")
+        record.advantage = notes.number(
+            f"{path}.advantage", pair, "hit_erased - hit_never/bootstrap 95 % over prompts"
+        )
     if original is not None and sum(original) / len(original) < MINIMUM_RANGE:
         record.status = "void"
         record.reason = "the attack fails on the original model too, so its failure on the erased one says nothing"
-    elif never is not None and not record.teaches and measures_nothing(sum(never), len(never), false_positives):
+    elif (
+        never is not None
+        and not record.teaches
+        and measures_nothing(sum(never), len(never), false_positives)
+    ):
         record.status = "measures-nothing"
         record.reason = "a searching attack that hits a model without the concept fools the judge; it measures nothing"
     elif original is None or never is None:
-        record.reason = notes.reasons.get(f"{path}.hit_never" if never is None else f"{path}.hit_original")
-        record.reason = record.reason or "without original and never there is no scale for what came back"
+        record.reason = notes.reasons.get(
+            f"{path}.hit_never" if never is None else f"{path}.hit_original"
+        )
+        record.reason = (
+            record.reason or "without original and never there is no scale for what came back"
+        )
     else:
         record.status = "valid"
     if original is None or never is None:
         return
     value, interval = recovered(erased, original, never, units)
     if value is None:
-        record.reason = record.reason or "original and never differ by less than 0.1 under this attack, so there is nothing to recover"
+        record.reason = (
+            record.reason
+            or "original and never differ by less than 0.1 under this attack, so there is nothing to recover"
+        )
         if record.status == "valid" and not record.teaches:
             record.status = "void"
     elif record.status == "valid":
-        record.recovered = notes.number(f"{path}.recovered", (value, interval, len(set(units))), "(hit_erased - hit_never) / (hit_original - hit_never)/bootstrap 95 % over prompts")
+        record.recovered = notes.number(
+            f"{path}.recovered",
+            (value, interval, len(set(units))),
+            "(hit_erased - hit_never) / (hit_original - hit_never)/bootstrap 95 % over prompts",
+        )
         record.interval = interval
 
 

@@ -39,7 +39,9 @@ def sheet(evidence: Evidence, concept: str | None = None, columns: int = 8) -> b
     name = concept or next(iter(evidence.concepts))
     gallery = evidence.gallery.get(name)
     if gallery is None or not gallery.has_pictures:
-        raise InputError(f"the evidence on {name!r} holds no pictures; a contact sheet is made right after an audit")
+        raise InputError(
+            f"the evidence on {name!r} holds no pictures; a contact sheet is made right after an audit"
+        )
     blocks = [(f"prompts that ask for \u201c{name}\u201d", gallery.target[:columns])]
     blocks += [(f"attack: {attack}", rows[:columns]) for attack, rows in gallery.attacks.items()]
     if gallery.kept:
@@ -50,7 +52,9 @@ def sheet(evidence: Evidence, concept: str | None = None, columns: int = 8) -> b
     image = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(image)
     line = evidence.concepts[name].verdict
-    draw.text((GAP, 12), _fit(line.line if line else name, draw, width - 2 * GAP, 15), INK, font=_font(15))
+    draw.text(
+        (GAP, 12), _fit(line.line if line else name, draw, width - 2 * GAP, 15), INK, font=_font(15)
+    )
     top = HEADING
     for title, rows in blocks:
         _block(image, draw, title, rows, top)
@@ -61,7 +65,9 @@ def sheet(evidence: Evidence, concept: str | None = None, columns: int = 8) -> b
 
 
 def _arms(rows: list[Shown]) -> list[str]:
-    return [arm for arm in ARMS if any(isinstance(row.outputs.get(arm), np.ndarray) for row in rows)]
+    return [
+        arm for arm in ARMS if any(isinstance(row.outputs.get(arm), np.ndarray) for row in rows)
+    ]
 
 
 def _pictures(row: Shown) -> bool:
@@ -86,7 +92,9 @@ def _block(image: Any, draw: ImageDraw.ImageDraw, title: str, rows: list[Shown],
             if not isinstance(output, np.ndarray):
                 continue
             x = LABEL + column * (CELL + GAP)
-            resample = Image.Resampling.NEAREST if output.shape[0] < CELL else Image.Resampling.LANCZOS
+            resample = (
+                Image.Resampling.NEAREST if output.shape[0] < CELL else Image.Resampling.LANCZOS
+            )
             small = Image.fromarray(output).resize((CELL, CELL), resample)
             image.paste(small, (x, y))
             frame = HIT if row.hits.get(arm) else MISS

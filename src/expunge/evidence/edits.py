@@ -53,31 +53,50 @@ def edit_record(model: Model, names: Sequence[str], notes: Notes) -> EditRecord 
     return record
 
 
-def _rank(changes: dict[str, torch.Tensor], originals: dict[str, torch.Tensor], notes: Notes) -> int | None:
+def _rank(
+    changes: dict[str, torch.Tensor], originals: dict[str, torch.Tensor], notes: Notes
+) -> int | None:
     matrices = {name: c.reshape(c.shape[0], -1) for name, c in changes.items() if c.dim() > 1}
     work = sum(m.shape[0] * m.shape[1] * min(m.shape) for m in matrices.values())
     if not matrices or work > LARGEST_RANK_WORK:
-        notes.null("edit.rank", "no matrix was changed" if not matrices else "the changed tensors are too many for a rank")
+        notes.null(
+            "edit.rank",
+            "no matrix was changed"
+            if not matrices
+            else "the changed tensors are too many for a rank",
+        )
         return None
-    notes.protocols["edit.rank"] = f"largest numerical rank of a changed matrix, singular values above {RANK_TOLERANCE:g} of the largest"
+    notes.protocols["edit.rank"] = (
+        f"largest numerical rank of a changed matrix, singular values above {RANK_TOLERANCE:g} of the largest"
+    )
     largest = 0
     for name, matrix in matrices.items():
         # Rounding the edited weight leaves noise in the change; it is not rank.
         values = torch.linalg.svdvals(matrix)
         before = originals[name]
-        noise = torch.finfo(before.dtype).eps * math.sqrt(max(matrix.shape)) * float(before.abs().max())
+        noise = (
+            torch.finfo(before.dtype).eps * math.sqrt(max(matrix.shape)) * float(before.abs().max())
+        )
         floor = max(RANK_TOLERANCE * float(values[0]), noise)
         largest = max(largest, int((values > floor).sum()) if float(values[0]) > 0 else 0)
     return largest
 
 
-def _drift(model: Any, changes: dict[str, torch.Tensor], names: Sequence[str], notes: Notes) -> float | None:
+def _drift(
+    model: Any, changes: dict[str, torch.Tensor], names: Sequence[str], notes: Notes
+) -> float | None:
     if model.family != "diffusion" or not hasattr(model, "text_projections"):
-        notes.null("edit.drift", f"drift is defined for text projections; this is a {model.family} model")
+        notes.null(
+            "edit.drift", f"drift is defined for text projections; this is a {model.family} model"
+        )
         return None
     targets = [name for name in model.text_projections() if name in changes]
     if not targets or not names or len(targets) < len(changes):
-        reason = "the edit also changes other tensors than text projections" if targets else "the edit changes no text projection"
+        reason = (
+            "the edit also changes other tensors than text projections"
+            if targets
+            else "the edit changes no text projection"
+        )
         notes.null("edit.drift", reason if names else "no unrelated names are known")
         return None
     with torch.no_grad():
@@ -86,11 +105,13 @@ def _drift(model: Any, changes: dict[str, torch.Tensor], names: Sequence[str], n
         lengths = model.content_length(list(names))
         # Content tokens and the end-of-text row: what stands for the name in the layers above.
         vectors = torch.cat([rows[i, 1 : length + 2] for i, length in enumerate(lengths)])
-        change, before = 0.0, 0.0
+        change, before = torch.zeros(len(vectors)).double(), torch.zeros(len(vectors)).double()
         for name in targets:
             base = model.edits.originals[name].double()
-            change = change + (vectors @ changes[name].T).square().sum(dim=1)
-            before = before + (vectors @ base.T).square().sum(dim=1)
-    notes.protocols["edit.drift"] = "mean of |(W - W0) u|^2 / |W0 u|^2 over text rows u of unrelated names"
+            change += (vectors @ changes[name].T).square().sum(dim=1).cpu()
+            before += (vectors @ base.T).square().sum(dim=1).cpu()
+    notes.protocols["edit.drift"] = (
+        "mean of |(W - W0) u|^2 / |W0 u|^2 over text rows u of unrelated names"
+    )
     notes.n["edit.drift"] = len(vectors)
     return float((change / before.clamp_min(1e-30)).mean())

@@ -43,7 +43,9 @@ class Gallery:
     def has_pictures(self) -> bool:
         """Whether anything here is a picture (the outputs may be texts)."""
         rows = [*self.target, *self.kept, *(s for shown in self.attacks.values() for s in shown)]
-        return any(isinstance(output, np.ndarray) for row in rows for output in row.outputs.values())
+        return any(
+            isinstance(output, np.ndarray) for row in rows for output in row.outputs.values()
+        )
 
 
 def png(picture: np.ndarray, smallest: int = 0) -> bytes:
@@ -57,7 +59,9 @@ def png(picture: np.ndarray, smallest: int = 0) -> bytes:
     image = Image.fromarray(np.ascontiguousarray(picture, dtype=np.uint8))
     factor = -(-smallest // min(image.size)) if smallest else 1
     if factor > 1:
-        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        image = image.resize(
+            (image.width * factor, image.height * factor), Image.Resampling.NEAREST
+        )
     stream = io.BytesIO()
     image.save(stream, format="PNG", compress_level=6)
     return stream.getvalue()

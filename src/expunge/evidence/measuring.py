@@ -54,32 +54,46 @@ def share(judge: Judge, what: str = "shows the concept") -> str:
     return f"{judge.protocol}/share of outputs ({what})/Wilson 95 % over prompts"
 
 
-def arm_record(seen: Observed, judge: Judge, notes: Notes, missing: Mapping[str, str], clip: Any) -> ArmRecord:
+def arm_record(
+    seen: Observed, judge: Judge, notes: Notes, missing: Mapping[str, str], clip: Any
+) -> ArmRecord:
     """Rates of one arm."""
     arm = f"models.{seen.arm.name}"
     record = ArmRecord(name=seen.arm.model.name, state=seen.state)
     target, kept = seen.target, seen.kept()
-    record.target_hit = notes.number(f"{arm}.target_hit", rate(target.hit, target.texts), share(judge))
+    record.target_hit = notes.number(
+        f"{arm}.target_hit", rate(target.hit, target.texts), share(judge)
+    )
     record.unrecognisable_target = notes.number(
         f"{arm}.unrecognisable_target",
         rate(~np.array(target.recognisable), target.texts),
         share(judge, "of no known kind"),
     )
     for route, part in seen.routes().items():
-        record.routes[route] = notes.number(f"{arm}.routes.{route}", rate(part.hit, part.texts), share(judge))
+        record.routes[route] = notes.number(
+            f"{arm}.routes.{route}", rate(part.hit, part.texts), share(judge)
+        )
     for route, reason in missing.items():
         record.routes[route] = None
         notes.null(f"{arm}.routes.{route}", reason)
     for name, part in kept.items():
-        record.kept[name] = notes.number(f"{arm}.kept.{name}", rate(part.hit, part.texts), share(judge))
+        record.kept[name] = notes.number(
+            f"{arm}.kept.{name}", rate(part.hit, part.texts), share(judge)
+        )
     if kept:
         whole = _pooled(list(kept.items()))
-        record.kept_hit = notes.number(f"{arm}.kept_hit", rate(whole.hit, _units(kept)), share(judge, "shows the kept concept"))
+        record.kept_hit = notes.number(
+            f"{arm}.kept_hit", rate(whole.hit, _units(kept)), share(judge, "shows the kept concept")
+        )
         record.unrecognisable = notes.number(
-            f"{arm}.unrecognisable", rate(~np.array(whole.recognisable), _units(kept)), share(judge, "of no known kind")
+            f"{arm}.unrecognisable",
+            rate(~np.array(whole.recognisable), _units(kept)),
+            share(judge, "of no known kind"),
         )
         record.false_positive = notes.number(
-            f"{arm}.false_positive", rate(whole.mistaken, _units(kept)), share(judge, "kept output judged to show the concept")
+            f"{arm}.false_positive",
+            rate(whole.mistaken, _units(kept)),
+            share(judge, "kept output judged to show the concept"),
         )
     else:
         for field in ("kept_hit", "unrecognisable", "false_positive"):
@@ -88,7 +102,9 @@ def arm_record(seen: Observed, judge: Judge, notes: Notes, missing: Mapping[str,
     return record
 
 
-def _clip(record: ArmRecord, arm: str, target: Part, kept: Mapping[str, Part], notes: Notes, clip: Any) -> None:
+def _clip(
+    record: ArmRecord, arm: str, target: Part, kept: Mapping[str, Part], notes: Notes, clip: Any
+) -> None:
     whole = _pooled(list(kept.items()))
     for field, part, units in (
         ("clip_score", target, target.texts),
@@ -98,15 +114,26 @@ def _clip(record: ArmRecord, arm: str, target: Part, kept: Mapping[str, Part], n
             value = notes.number(f"{arm}.{field}", bootstrap_mean(part.clip, units), clip.protocol)
             setattr(record, field, value)
         else:
-            notes.null(f"{arm}.{field}", "no CLIP with a text and a picture tower stands beside this model")
+            notes.null(
+                f"{arm}.{field}", "no CLIP with a text and a picture tower stands beside this model"
+            )
 
 
-def distances_of(record: ArmRecord, seen: Observed, original: Observed | None, judge: Judge, notes: Notes) -> None:
+def distances_of(
+    record: ArmRecord, seen: Observed, original: Observed | None, judge: Judge, notes: Notes
+) -> None:
     """Distances of an arm's outputs to the original's, on the judge's features, kept prompts."""
     arm = f"models.{seen.arm.name}"
-    fields = ("frechet_to_original", "kid_to_original", "perceptual_distance", "perceptual_distance_target")
+    fields = (
+        "frechet_to_original",
+        "kid_to_original",
+        "perceptual_distance",
+        "perceptual_distance_target",
+    )
     if original is None:
         return _nulls(notes, arm, fields, "there is no original to compare with")
+    if seen is original:
+        return _nulls(notes, arm, fields, "this is the original itself")
     kept, reference = _pooled(list(seen.kept().items())), _pooled(list(original.kept().items()))
     mine, theirs = kept.matrix(), reference.matrix()
     if mine is not None and theirs is not None and len(mine) >= 2:
@@ -114,32 +141,46 @@ def distances_of(record: ArmRecord, seen: Observed, original: Observed | None, j
         frechet = distances.frechet_of(mine, theirs, judge.id)
         kernel = distances.kernel_distance(mine, theirs, judge.id)
         assert frechet.value is not None and kernel.value is not None
-        record.frechet_to_original = notes.number(f"{arm}.{fields[0]}", (frechet.value, None, units), frechet.protocol)
-        record.kid_to_original = notes.number(f"{arm}.{fields[1]}", (kernel.value, None, units), kernel.protocol)
+        record.frechet_to_original = notes.number(
+            f"{arm}.{fields[0]}", (frechet.value, None, units), frechet.protocol
+        )
+        record.kid_to_original = notes.number(
+            f"{arm}.{fields[1]}", (kernel.value, None, units), kernel.protocol
+        )
         pairs = perceptual.perceptual_distance(mine, theirs)
         record.perceptual_distance = notes.number(
-            f"{arm}.{fields[2]}", bootstrap_mean(pairs, _units(seen.kept())), perceptual.protocol(judge.id)
+            f"{arm}.{fields[2]}",
+            bootstrap_mean(pairs, _units(seen.kept())),
+            perceptual.protocol(judge.id),
         )
     else:
-        _nulls(notes, arm, fields[:3], f"the judge {judge.id} gives no features, or nothing is kept")
+        _nulls(
+            notes, arm, fields[:3], f"the judge {judge.id} gives no features, or nothing is kept"
+        )
     mine, theirs = seen.target.matrix(), original.target.matrix()
     if mine is not None and theirs is not None:
         pairs = perceptual.perceptual_distance(mine, theirs)
         record.perceptual_distance_target = notes.number(
-            f"{arm}.{fields[3]}", bootstrap_mean(pairs, seen.target.texts), perceptual.protocol(judge.id)
+            f"{arm}.{fields[3]}",
+            bootstrap_mean(pairs, seen.target.texts),
+            perceptual.protocol(judge.id),
         )
     else:
         _nulls(notes, arm, fields[3:], f"the judge {judge.id} gives no features")
 
 
-def differences(erased: Observed, original: Observed | None, judge: Judge, notes: Notes) -> dict[str, float | None]:
+def differences(
+    erased: Observed, original: Observed | None, judge: Judge, notes: Notes
+) -> dict[str, float | None]:
     """Paired differences erased - original at equal prompts and seeds, bootstrap over prompts."""
     found: dict[str, float | None] = {"target_hit": None, "kept_hit": None}
     if original is None:
         for name in found:
             notes.null(f"differences.{name}", "there is no original to compare with")
         return found
-    protocol = f"{judge.protocol}/erased - original at equal prompts and seeds/bootstrap 95 % over prompts"
+    protocol = (
+        f"{judge.protocol}/erased - original at equal prompts and seeds/bootstrap 95 % over prompts"
+    )
 
     def note(name: str, one: Sequence[Any], two: Sequence[Any], units: Sequence[str]) -> None:
         pair = bootstrap_difference(np.array(one, float), np.array(two, float), units)
@@ -154,13 +195,21 @@ def differences(erased: Observed, original: Observed | None, judge: Judge, notes
             note(f"kept.{name}", part.hit, reference[name].hit, part.texts)
     if erased.target.clip and original.target.clip:
         note("clip_score", erased.target.clip, original.target.clip, erased.target.texts)
-        notes.protocols["differences.clip_score"] = "clip score, erased - original/bootstrap 95 % over prompts"
+        notes.protocols["differences.clip_score"] = (
+            "clip score, erased - original/bootstrap 95 % over prompts"
+        )
     return found
 
 
 def composite_numbers(record: ArmRecord, notes: Notes) -> dict[str, float | None]:
     """UA, IRA, H_c, H_o and the ranking score of the erased model."""
-    found: dict[str, float | None] = {"ua": None, "ira": None, "h_c": None, "h_o": None, "score": None}
+    found: dict[str, float | None] = {
+        "ua": None,
+        "ira": None,
+        "h_c": None,
+        "h_o": None,
+        "score": None,
+    }
     if record.target_hit is not None:
         found["ua"] = 1 - record.target_hit
         notes.protocols["composites.ua"] = "1 - target_hit"
@@ -174,12 +223,20 @@ def composite_numbers(record: ArmRecord, notes: Notes) -> dict[str, float | None
     phrase = record.routes.get("phrase")
     if phrase is not None:
         found["h_o"] = composites.harmonic_object(record.target_hit, record.kept_hit, phrase)
-        notes.protocols["composites.h_o"] = "harmonic mean of 1 - target_hit, kept_hit, 1 - routes.phrase"
+        notes.protocols["composites.h_o"] = (
+            "harmonic mean of 1 - target_hit, kept_hit, 1 - routes.phrase"
+        )
     else:
         notes.null("composites.h_o", "there are no prompts with other phrasings of the concept")
-    row = {"target_hit": record.target_hit, "kept_hit": record.kept_hit, "unrecognisable": record.unrecognisable or 0.0}
+    row = {
+        "target_hit": record.target_hit,
+        "kept_hit": record.kept_hit,
+        "unrecognisable": record.unrecognisable or 0.0,
+    }
     found["score"] = composites.rank({"erased": row})[0][1]
-    notes.protocols["composites.score"] = "harmonic mean of 1 - target_hit, kept_hit, 1 - unrecognisable"
+    notes.protocols["composites.score"] = (
+        "harmonic mean of 1 - target_hit, kept_hit, 1 - unrecognisable"
+    )
     return found
 
 

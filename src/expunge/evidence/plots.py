@@ -39,7 +39,11 @@ def kept_plot(fields: ConceptFields, limit: int = 40) -> str | None:
 
     rows = []
     for name in sorted(erased.kept, key=lambda n: (damage(n), n))[:limit]:
-        points = {arm: record.kept.get(name) for arm in ARMS if (record := getattr(fields.models, arm)) is not None}
+        points = {
+            arm: record.kept.get(name)
+            for arm in ARMS
+            if (record := getattr(fields.models, arm)) is not None
+        }
         rows.append((name, points, {"erased": fields.intervals.get(f"models.erased.kept.{name}")}))
     return _rates(rows, "kept", "share of prompts that show the kept concept")
 
@@ -53,7 +57,13 @@ def attack_plot(fields: ConceptFields) -> str | None:
              {a: fields.intervals.get(f"models.{a}.target_hit") for a in ARMS})]  # fmt: skip
     for attack in fields.attacks:
         points = {arm: getattr(attack, f"hit_{arm}") for arm in ARMS}
-        rows.append((attack.id, points, {a: fields.intervals.get(f"attacks.{attack.id}.hit_{a}") for a in ARMS}))
+        rows.append(
+            (
+                attack.id,
+                points,
+                {a: fields.intervals.get(f"attacks.{attack.id}.hit_{a}") for a in ARMS},
+            )
+        )
     return _rates(rows, "attacks", "share of attacked prompts that show the concept")
 
 
@@ -68,26 +78,48 @@ def _rates(rows: list[tuple[str, dict[str, Any], dict[str, Any]]], salt: str, la
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         for arm in ARMS:
-            spots = [(i, points[arm], spans.get(arm)) for i, (_, points, spans) in enumerate(rows) if points.get(arm) is not None]
+            spots = [
+                (i, points[arm], spans.get(arm))
+                for i, (_, points, spans) in enumerate(rows)
+                if points.get(arm) is not None
+            ]
             if not spots:
                 continue
             heights = [i + offsets[arm] for i, _, _ in spots]
             for height, (_, _, span) in zip(heights, spots, strict=True):
                 if span is not None:
-                    axes.plot(span, [height, height], color=COLOURS[arm], linewidth=1.6, alpha=0.55, solid_capstyle="round")
-            axes.plot([v for _, v, _ in spots], heights, MARKERS[arm], color=COLOURS[arm], markersize=5, label=arm)
+                    axes.plot(
+                        span,
+                        [height, height],
+                        color=COLOURS[arm],
+                        linewidth=1.6,
+                        alpha=0.55,
+                        solid_capstyle="round",
+                    )
+            axes.plot(
+                [v for _, v, _ in spots],
+                heights,
+                MARKERS[arm],
+                color=COLOURS[arm],
+                markersize=5,
+                label=arm,
+            )
         for i in range(len(rows)):
             axes.axhline(i, color=INK, linewidth=0.4, alpha=0.18, zorder=0)
         axes.set_yticks(range(len(rows)))
         # Names are a user's texts: no mathematics in them.
-        for tick, (name, _, _) in zip(axes.set_yticklabels([_short(n) for n, _, _ in rows]), rows, strict=True):
+        for tick, (_name, _, _) in zip(
+            axes.set_yticklabels([_short(n) for n, _, _ in rows]), rows, strict=True
+        ):
             tick.set_parse_math(False)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(-0.02, 1.02)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel(label)
-        figure.legend(loc="outside upper center", ncols=3, frameon=False, handletextpad=0.3, columnspacing=1.2)
+        figure.legend(
+            loc="outside upper center", ncols=3, frameon=False, handletextpad=0.3, columnspacing=1.2
+        )
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     return _inline(stream.getvalue())
@@ -104,7 +136,11 @@ def _inline(svg: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg [^>]*?) height="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r' xmlns:xlink="[^"]*"', ' xmlns:xlink="http://www.w3.org/1999/xlink"', svg, count=1)
+    svg = re.sub(
+        r' xmlns:xlink="[^"]*"', ' xmlns:xlink="http://www.w3.org/1999/xlink"', svg, count=1
+    )
     # All figures of a page share one name space of ids; matplotlib's group ids repeat in each figure.
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    return svg.replace(INK, "currentColor").replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+    return svg.replace(INK, "currentColor").replace(
+        "<svg ", '<svg aria-hidden="true" focusable="false" ', 1
+    )

@@ -14,7 +14,14 @@ from .arms import PromptSets
 __all__ = ["ROUTES", "prompt_sets"]
 
 ROUTES = ("phrase", "unlisted", "euphemism", "metaphor")
-TEMPLATES = ("a photo of {}", "{}", "a picture of {}", "a painting of {}", "a close view of {}", "a drawing of {}")
+TEMPLATES = (
+    "a photo of {}",
+    "{}",
+    "a picture of {}",
+    "a painting of {}",
+    "a close view of {}",
+    "a drawing of {}",
+)
 """Used for picture models without a world where the caller gives no prompts."""
 
 
@@ -52,7 +59,10 @@ def prompt_sets(
             return list(ask(name, count, seed=seed, split=split, route=route))
         if route != "name" or family == "language":
             raise PromptError(f"there are no prompts for {name!r}; give them with prompts=")
-        return [Prompt(TEMPLATES[i % len(TEMPLATES)].format(name), i // len(TEMPLATES) + seed, name) for i in range(count)]
+        return [
+            Prompt(TEMPLATES[i % len(TEMPLATES)].format(name), i // len(TEMPLATES) + seed, name)
+            for i in range(count)
+        ]
 
     if isinstance(prompts, Mapping):
         prompts = prompts.get(concept.name)

@@ -104,7 +104,9 @@ class Evidence(EvidenceFields):
         if concept is None:
             return next(iter(self.concepts.values()))
         if concept not in self.concepts:
-            raise InputError(f"the evidence has no concept {concept!r}; it has {', '.join(self.concepts)}")
+            raise InputError(
+                f"the evidence has no concept {concept!r}; it has {', '.join(self.concepts)}"
+            )
         return self.concepts[concept]
 
     def table(self, concept: str | None = None) -> Table:
@@ -115,7 +117,9 @@ class Evidence(EvidenceFields):
         name = concept or next(iter(self.concepts))
         fields = self.of(name)
         line = fields.verdict.line if fields.verdict else ""
-        table = Table(title=f"{escape(name)}: {escape(line)}", title_justify="left", caption_justify="left")
+        table = Table(
+            title=f"{escape(name)}: {escape(line)}", title_justify="left", caption_justify="left"
+        )
         table.add_column("% of outputs")
         for arm in ARMS:
             table.add_column(arm, justify="right", no_wrap=True)
@@ -123,10 +127,19 @@ class Evidence(EvidenceFields):
         assert fields.models is not None
         rows = [("shows the concept", "target_hit"), ("shows kept concepts", "kept_hit")]
         for label, key in (*rows, ("unrecognisable", "unrecognisable")):
-            cells = [_cell(fields, f"models.{arm}.{key}", getattr(fields.models, arm), key) for arm in ARMS]
+            cells = [
+                _cell(fields, f"models.{arm}.{key}", getattr(fields.models, arm), key)
+                for arm in ARMS
+            ]
             table.add_row(label, *cells, str(fields.n.get(f"models.erased.{key}", "")))
         for attack in fields.attacks:
-            cells = [_rate(getattr(attack, f"hit_{arm}"), fields.intervals.get(f"attacks.{attack.id}.hit_{arm}")) for arm in ARMS]
+            cells = [
+                _rate(
+                    getattr(attack, f"hit_{arm}"),
+                    fields.intervals.get(f"attacks.{attack.id}.hit_{arm}"),
+                )
+                for arm in ARMS
+            ]
             note = "" if attack.status == "valid" else f" ({attack.status})"
             table.add_row(f"after {escape(attack.id)}{note}", *cells, str(attack.n))
         table.caption = "Brackets: 95 % interval. n: prompts. -: not measured."

@@ -46,23 +46,35 @@ def render(evidence: Evidence) -> str:
     import jinja2
     from markupsafe import Markup
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
     source = (resources.files(__package__) / "report.html.j2").read_text(encoding="utf-8")
     names = ", ".join(evidence.concepts)
-    concepts = [_concept(name, fields, evidence.gallery.get(name), Markup) for name, fields in evidence.concepts.items()]
+    concepts = [
+        _concept(name, fields, evidence.gallery.get(name), Markup)
+        for name, fields in evidence.concepts.items()
+    ]
     # For texts, "arms" is what stands side by side; the template leaves out arms that are missing.
     return environment.from_string(source).render(
-        title=f"Evidence on {names} in {evidence.model}", concepts=concepts, arms=ARMS, made=_made(evidence)
+        title=f"Evidence on {names} in {evidence.model}",
+        concepts=concepts,
+        arms=ARMS,
+        made=_made(evidence),
     )
 
 
-def _concept(name: str, fields: ConceptFields, gallery: Gallery | None, markup: Any) -> dict[str, Any]:
+def _concept(
+    name: str, fields: ConceptFields, gallery: Gallery | None, markup: Any
+) -> dict[str, Any]:
     assert fields.models is not None
     gallery = gallery or Gallery()
     arms = [arm for arm in ARMS if getattr(fields.models, arm) is not None]
     word, tone = WORDS[fields.verdict.status] if fields.verdict else ("", "")
     attack_plot, kept_plot = plots.attack_plot(fields), plots.kept_plot(fields)
-    damaged = sorted(fields.models.erased.kept, key=lambda n: fields.differences.get(f"kept.{n}") or 0.0)
+    damaged = sorted(
+        fields.models.erased.kept, key=lambda n: fields.differences.get(f"kept.{n}") or 0.0
+    )
     order = {kept: i for i, kept in enumerate(damaged)}
     kept_shown = sorted(gallery.kept, key=lambda row: order.get(row.concept or "", 0))[:6]
     return {
@@ -88,7 +100,11 @@ def _row(shown: Shown) -> dict[str, Any]:
     def output(value: Any) -> dict[str, Any] | None:
         if value is None:
             return None
-        return {"uri": data_uri(value), "text": ""} if isinstance(value, np.ndarray) else {"uri": "", "text": str(value)}
+        return (
+            {"uri": data_uri(value), "text": ""}
+            if isinstance(value, np.ndarray)
+            else {"uri": "", "text": str(value)}
+        )
 
     return {"prompt": shown.prompt, "seed": shown.seed, "concept": shown.concept, "hits": shown.hits,
             "text": {arm: text for arm, text in shown.text.items() if text is not None},
@@ -113,7 +129,9 @@ def _tiles(fields: ConceptFields, arms: list[str]) -> list[dict[str, Any]]:
             value = getattr(getattr(fields.models, arm), key)
             if value is not None:
                 span = fields.intervals.get(f"models.{arm}.{key}")
-                rows.append({"arm": arm, "label": arm, "value": _percent(value), "span": _span(span, 100)})
+                rows.append(
+                    {"arm": arm, "label": arm, "value": _percent(value), "span": _span(span, 100)}
+                )
         if rows:
             n = fields.n.get(f"models.erased.{key}")
             tiles.append({"title": f"{title} ({n} prompts)" if n else title, "rows": rows})
@@ -129,7 +147,10 @@ def _tiles(fields: ConceptFields, arms: list[str]) -> list[dict[str, Any]]:
 def _attack(attack: AttackRecord, fields: ConceptFields, gallery: Gallery) -> dict[str, Any]:
     def cell(field: str) -> dict[str, str]:
         value = getattr(attack, field)
-        return {"value": _percent(value), "span": _span(fields.intervals.get(f"attacks.{attack.id}.{field}"), 100)}
+        return {
+            "value": _percent(value),
+            "span": _span(fields.intervals.get(f"attacks.{attack.id}.{field}"), 100),
+        }
 
     cells = [cell(f"hit_{arm}") for arm in ARMS] + [cell("pre_erased"), cell("recovered")]
     reading = {"valid": "counts", "measures-nothing": "measures nothing", "void": "void",
@@ -146,11 +167,18 @@ def _attack_caption(fields: ConceptFields) -> str:
     if not fields.attacks:
         return ""
     first = fields.attacks[0]
-    return f"Budget {first.budget}, judge {first.judge}, threshold {first.threshold:g}" if first.threshold is not None else f"Budget {first.budget}, judge {first.judge}"
+    return (
+        f"Budget {first.budget}, judge {first.judge}, threshold {first.threshold:g}"
+        if first.threshold is not None
+        else f"Budget {first.budget}, judge {first.judge}"
+    )
 
 
 def _attack_alt(fields: ConceptFields) -> str:
-    parts = [f"{a.id}: " + ", ".join(f"{arm} {_percent(getattr(a, f'hit_{arm}'))}" for arm in ARMS) for a in fields.attacks]
+    parts = [
+        f"{a.id}: " + ", ".join(f"{arm} {_percent(getattr(a, f'hit_{arm}'))}" for arm in ARMS)
+        for a in fields.attacks
+    ]
     return "Share of attacked prompts that show the concept. " + "; ".join(parts)
 
 
@@ -164,10 +192,20 @@ def _kept_row(fields: ConceptFields, arms: list[str], name: str) -> dict[str, An
     cells = []
     for arm in arms:
         value = getattr(fields.models, arm).kept.get(name)
-        cells.append({"value": _percent(value), "span": _span(fields.intervals.get(f"models.{arm}.kept.{name}"), 100)})
+        cells.append(
+            {
+                "value": _percent(value),
+                "span": _span(fields.intervals.get(f"models.{arm}.kept.{name}"), 100),
+            }
+        )
     loss = fields.differences.get(f"kept.{name}")
     mark = " (damaged)" if loss is not None and loss < -DAMAGE else ""
-    cells.append({"value": _points(loss) + mark, "span": _span(fields.intervals.get(f"differences.kept.{name}"), 100)})
+    cells.append(
+        {
+            "value": _points(loss) + mark,
+            "span": _span(fields.intervals.get(f"differences.kept.{name}"), 100),
+        }
+    )
     return {"name": name, "cells": cells, "n": fields.n.get(f"models.erased.kept.{name}", "")}
 
 
@@ -186,7 +224,13 @@ def _numbers(fields: ConceptFields, arms: list[str]) -> list[dict[str, Any]]:
         add(label, key, [getattr(record, key) for record in records], 100, _percent)
         if key == "target_hit":
             for route, words in ROUTE_WORDS.items():
-                add(words, f"routes.{route}", [record.routes.get(route) for record in records], 100, _percent)
+                add(
+                    words,
+                    f"routes.{route}",
+                    [record.routes.get(route) for record in records],
+                    100,
+                    _percent,
+                )
     for key, label in PLAIN:
         add(label, key, [getattr(record, key) for record in records], 1, _number)
     return rows
@@ -194,11 +238,20 @@ def _numbers(fields: ConceptFields, arms: list[str]) -> list[dict[str, Any]]:
 
 def _single(fields: ConceptFields) -> list[dict[str, str]]:
     rows = []
-    for key, label in (("target_hit", "concept, erased - original"), ("kept_hit", "kept, erased - original")):
+    for key, label in (
+        ("target_hit", "concept, erased - original"),
+        ("kept_hit", "kept, erased - original"),
+    ):
         value = fields.differences.get(key)
         if value is not None:
             rows.append(_line(fields, f"differences.{key}", label, _points(value), 100))
-    names = {"ua": "unlearning accuracy (UA)", "ira": "retain accuracy (IRA)", "h_c": "H_c", "h_o": "H_o", "score": "overall score"}
+    names = {
+        "ua": "unlearning accuracy (UA)",
+        "ira": "retain accuracy (IRA)",
+        "h_c": "H_c",
+        "h_o": "H_o",
+        "score": "overall score",
+    }
     for key, label in names.items():
         value = fields.composites.get(key)
         if value is not None:
@@ -219,7 +272,11 @@ def _line(fields: ConceptFields, path: str, label: str, value: str, scale: float
 
 
 def _made(evidence: Evidence) -> list[tuple[str, str]]:
-    settings = ", ".join(f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in evidence.settings.items() if v not in (None, {}, []))
+    settings = ", ".join(
+        f"{k}: {json.dumps(v, ensure_ascii=False)}"
+        for k, v in evidence.settings.items()
+        if v not in (None, {}, [])
+    )
     rows = [("model", f"{evidence.model} ({evidence.family})"), ("command", evidence.command or ""),
             ("judge", evidence.judge), ("settings", settings), ("created", evidence.created),
             ("time", f"{evidence.seconds:.0f} s" if evidence.seconds is not None else ""),
@@ -241,6 +298,8 @@ def _points(value: float | None) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "\u2013"
+    if abs(value) < 1e-9:  # rounding of equal sets
+        return "0"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}".replace("-", "\u2212")
 
 

@@ -14,11 +14,18 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-__all__ = ["ARMS", "ArmRecord", "AttackRecord", "ConceptFields", "EditRecord", "EvidenceFields", "Flag", "Stage"]
+__all__ = [
+    "ARMS",
+    "ArmRecord",
+    "AttackRecord",
+    "ConceptFields",
+    "EditRecord",
+    "EvidenceFields",
+    "Flag",
+    "Stage",
+]
 
 ARMS = ("original", "erased", "never")
-VERSION = 1
-
 Rate = float | None
 Interval = tuple[float, float]
 
@@ -34,19 +41,39 @@ class ArmRecord(Strict):
 
     name: str = Field(description="The model as the user named it.")
     state: str = Field(description="Key of base weights and edits.")
-    target_hit: Rate = Field(None, description="Share of prompts that name the concept and show it.")
-    routes: dict[str, Rate] = Field(default_factory=dict, description="Hit rate of other ways to ask.")
-    kept_hit: Rate = Field(None, description="Mean over the kept concepts of their hit rates.")
+    target_hit: Rate = Field(
+        default=None, description="Share of prompts that name the concept and show it."
+    )
+    routes: dict[str, Rate] = Field(
+        default_factory=dict, description="Hit rate of other ways to ask."
+    )
+    kept_hit: Rate = Field(
+        default=None, description="Mean over the kept concepts of their hit rates."
+    )
     kept: dict[str, float] = Field(default_factory=dict, description="Kept concept -> hit rate.")
-    clip_score: float | None = Field(None, description="100 cos on the concept's prompts.")
-    clip_score_kept: float | None = Field(None, description="100 cos on the kept prompts.")
-    unrecognisable: Rate = Field(None, description="Share of kept outputs of no known kind.")
-    unrecognisable_target: Rate = Field(None, description="The same on the concept's prompts.")
-    false_positive: Rate = Field(None, description="Share of kept outputs judged to show the concept.")
-    frechet_to_original: float | None = Field(None, description="On kept prompts, judge's features.")
-    kid_to_original: float | None = Field(None, description="Unbiased kernel distance, the same sets.")
-    perceptual_distance: float | None = Field(None, description="To the original, kept prompts.")
-    perceptual_distance_target: float | None = Field(None, description="To the original, concept's prompts.")
+    clip_score: float | None = Field(default=None, description="100 cos on the concept's prompts.")
+    clip_score_kept: float | None = Field(default=None, description="100 cos on the kept prompts.")
+    unrecognisable: Rate = Field(
+        default=None, description="Share of kept outputs of no known kind."
+    )
+    unrecognisable_target: Rate = Field(
+        default=None, description="The same on the concept's prompts."
+    )
+    false_positive: Rate = Field(
+        default=None, description="Share of kept outputs judged to show the concept."
+    )
+    frechet_to_original: float | None = Field(
+        default=None, description="On kept prompts, judge's features."
+    )
+    kid_to_original: float | None = Field(
+        default=None, description="Unbiased kernel distance, the same sets."
+    )
+    perceptual_distance: float | None = Field(
+        default=None, description="To the original, kept prompts."
+    )
+    perceptual_distance_target: float | None = Field(
+        default=None, description="To the original, concept's prompts."
+    )
 
 
 class Models(Strict):
@@ -75,14 +102,22 @@ class AttackRecord(Strict):
     hit_original: Rate = None
     hit_erased: Rate = None
     hit_never: Rate = None
-    recovered: float | None = Field(None, description="(erased - never) / (original - never).")
-    interval: Interval | None = Field(None, description="95 % interval of recovered.")
-    advantage: float | None = Field(None, description="hit_erased - hit_never.")
+    recovered: float | None = Field(
+        default=None, description="(erased - never) / (original - never)."
+    )
+    interval: Interval | None = Field(default=None, description="95 % interval of recovered.")
+    advantage: float | None = Field(default=None, description="hit_erased - hit_never.")
     status: Literal["valid", "measures-nothing", "void", "unchecked", "failed"]
-    reason: str | None = Field(None, description="Why recovered is null or the attack is not valid.")
-    cost: dict[str, dict[str, int]] = Field(default_factory=dict, description="Arm -> rows by component.")
+    reason: str | None = Field(
+        default=None, description="Why recovered is null or the attack is not valid."
+    )
+    cost: dict[str, dict[str, int]] = Field(
+        default_factory=dict, description="Arm -> rows by component."
+    )
     seconds: dict[str, float] = Field(default_factory=dict, description="Arm -> wall time.")
-    texts: list[str | None] = Field(default_factory=list, description="What the attack fed the erased model.")
+    texts: list[str | None] = Field(
+        default_factory=list, description="What the attack fed the erased model."
+    )
 
 
 class EditRecord(Strict):
@@ -90,11 +125,17 @@ class EditRecord(Strict):
 
     methods: list[str]
     digests: list[str]
-    rank: int | None = Field(None, description="Largest numerical rank of a changed matrix.")
-    relative_change: float | None = Field(None, description="|change| / |weights| over the changed tensors.")
-    drift: float | None = Field(None, description="Share of all the model's weights by norm that moved.")
-    parameters: int | None = Field(None, description="Numbers the edits store.")
-    tensors: int | None = Field(None, description="Tensors of the model that they change.")
+    rank: int | None = Field(
+        default=None, description="Largest numerical rank of a changed matrix."
+    )
+    relative_change: float | None = Field(
+        default=None, description="|change| / |weights| over the changed tensors."
+    )
+    drift: float | None = Field(
+        default=None, description="Share of all the model's weights by norm that moved."
+    )
+    parameters: int | None = Field(default=None, description="Numbers the edits store.")
+    tensors: int | None = Field(default=None, description="Tensors of the model that they change.")
     manifests: list[dict[str, Any]] = Field(default_factory=list)
 
 
@@ -130,12 +171,14 @@ class ConceptFields(Strict):
     attacks: list[AttackRecord] = Field(default_factory=list)
     edit: EditRecord | None = None
     stages: list[Stage] = Field(default_factory=list)
-    features: str | None = Field(None, description="Whose features the distances use.")
+    features: str | None = Field(default=None, description="Whose features the distances use.")
     frechet_to_original: float | None = None
     kid_to_original: float | None = None
     perceptual_distance: float | None = None
     unrecognisable: Rate = None
-    differences: dict[str, float | None] = Field(default_factory=dict, description="erased - original, paired.")
+    differences: dict[str, float | None] = Field(
+        default_factory=dict, description="erased - original, paired."
+    )
     composites: dict[str, float | None] = Field(default_factory=dict)
     protocols: dict[str, str] = Field(default_factory=dict)
     intervals: dict[str, Interval] = Field(default_factory=dict)
@@ -155,14 +198,18 @@ class ConceptFields(Strict):
 class EvidenceFields(ConceptFields):
     """The whole document."""
 
-    schema_version: Literal[1] = VERSION
+    schema_version: Literal[1] = 1
     expunge_version: str
     created: str = Field(description="UTC, ISO 8601.")
-    command: str | None = Field(None, description="What was typed, if a command line was used.")
+    command: str | None = Field(
+        default=None, description="What was typed, if a command line was used."
+    )
     model: str
     family: str
     judge: str
-    settings: dict[str, Any] = Field(default_factory=dict, description="Everything that was chosen.")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="Everything that was chosen."
+    )
     libraries: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, Any] = Field(default_factory=dict)
     cost: dict[str, int] = Field(default_factory=dict, description="Rows by component, all arms.")

@@ -76,7 +76,12 @@ def flags(fields: ConceptFields, kind: str) -> list[Flag]:
         found.append(("destroyed", f"Kept concepts lost {percent(-loss)} of their hit rate: the concept is gone because "
                       "most of what the model knew is."))  # fmt: skip
     elif loss is not None and loss < -DAMAGE:
-        found.append(("kept-damaged", f"Kept concepts lost {percent(-loss)} of their hit rate, more than 5 points."))
+        found.append(
+            (
+                "kept-damaged",
+                f"Kept concepts lost {percent(-loss)} of their hit rate, more than 5 points.",
+            )
+        )
     for attack in fields.attacks:
         if attack.status in ("measures-nothing", "void", "failed"):
             found.append((f"attack-{attack.status}", f"{attack.id}: {attack.reason}."))
@@ -90,29 +95,51 @@ def verdict(fields: ConceptFields, name: str, kind: str) -> Verdict:
     codes = {flag.code for flag in fields.flags}
     now = percent(erased.target_hit)
     if "judge-constant" in codes:
-        return Verdict(status="inconclusive", line=f"Nothing can be said about {name}: the judge answers the same for every output.")
+        return Verdict(
+            status="inconclusive",
+            line=f"Nothing can be said about {name}: the judge answers the same for every output.",
+        )
     if original is None:
         line = f"The model shows {name} in {now} of the {kind} that ask for it. Without the original, nothing more can be concluded."
         return Verdict(status="inconclusive", line=line)
     before = percent(original.target_hit)
     if "original-lacks-concept" in codes:
-        return Verdict(status="inconclusive", line=f"The original shows {name} in only {before} of the {kind} that ask for it, so its absence proves little.")
+        return Verdict(
+            status="inconclusive",
+            line=f"The original shows {name} in only {before} of the {kind} that ask for it, so its absence proves little.",
+        )
     if "destroyed" in codes:
-        line = f"The erased model is broken: of its other {kind}, {percent(erased.unrecognisable)} are unrecognisable and {percent(erased.kept_hit)} show what was asked for ({percent(original.kept_hit)} before). That {name} is shown in {now} means nothing."
+        line = (
+            f"The erased model is broken: of its other {kind}, {percent(erased.unrecognisable)} are unrecognisable "
+            f"and {percent(erased.kept_hit)} show what was asked for ({percent(original.kept_hit)} before). "
+            f"That {name} is shown in {now} means nothing."
+        )
         return Verdict(status="destroyed", line=line)
     start = f"shown in {now} of the {kind} that ask for it, {before} before"
     kept = _kept(fields)
     if erased.target_hit is not None and erased.target_hit > ERASED:
         partly = erased.target_hit <= 0.5 * (original.target_hit or 0.0)
         word = "only partly erased" if partly else "not erased"
-        return Verdict(status="partly" if partly else "not-erased", line=f"{_capital(name)} is {word}: {start}. {kept}")
+        return Verdict(
+            status="partly" if partly else "not-erased",
+            line=f"{_capital(name)} is {word}: {start}. {kept}",
+        )
     best = _strongest(fields.attacks)
     if best is None:
         tried = "No attack was run" if not fields.attacks else "No attack brought it back"
-        return Verdict(status="erased", line=f"{_capital(name)} is erased: {start}. {kept} {tried}.")
-    back = f"recovered {percent(best.recovered)}" if best.recovered is not None else f"reached {percent(best.hit_erased)}"
+        return Verdict(
+            status="erased", line=f"{_capital(name)} is erased: {start}. {kept} {tried}."
+        )
+    back = (
+        f"recovered {percent(best.recovered)}"
+        if best.recovered is not None
+        else f"reached {percent(best.hit_erased)}"
+    )
     taught = "teaching attack" if best.teaches else "attack"
-    return Verdict(status="recovered", line=f"{_capital(name)} is hidden, not gone: {start}, but the {taught} \u201c{best.id}\u201d {back}. {kept}")
+    return Verdict(
+        status="recovered",
+        line=f"{_capital(name)} is hidden, not gone: {start}, but the {taught} \u201c{best.id}\u201d {back}. {kept}",
+    )
 
 
 def _kept(fields: ConceptFields) -> str:

@@ -68,7 +68,11 @@ class ClipScore(Metric):
     def _texts(self, texts: Sequence[str]) -> torch.Tensor:
         length = self.model.config.text_config.max_position_embeddings
         batch = self.tokenizer(
-            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            list(texts),
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
         )
         ids = batch["input_ids"].to(self.model.device)
         mask = batch["attention_mask"].to(self.model.device) if "attention_mask" in batch else None

@@ -19,7 +19,14 @@ import numpy as np
 from ..errors import InputError
 from ..method import Measurement
 
-__all__ = ["Moments", "frechet_distance", "frechet_of", "kernel_distance", "kernel_protocol", "protocol"]
+__all__ = [
+    "Moments",
+    "frechet_distance",
+    "frechet_of",
+    "kernel_distance",
+    "kernel_protocol",
+    "protocol",
+]
 
 
 def protocol(features: str) -> str:
@@ -66,7 +73,9 @@ class Moments:
             raise InputError(f"features have width {other.mean.size}; {self.mean.size} is expected")
         total = self.n + other.n
         shift = other.mean - self.mean
-        self.scatter = self.scatter + other.scatter + np.outer(shift, shift) * (self.n * other.n / total)
+        self.scatter = (
+            self.scatter + other.scatter + np.outer(shift, shift) * (self.n * other.n / total)
+        )
         self.mean = self.mean + shift * (other.n / total)
         self.n = total
         return self
@@ -114,7 +123,9 @@ def kernel_distance(one: np.ndarray, two: np.ndarray, features: str) -> Measurem
     """
     x, y = _matrix(one), _matrix(two)
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
-        raise InputError(f"the kernel distance needs two sets of at least 2 equally wide vectors, got {x.shape}, {y.shape}")
+        raise InputError(
+            f"the kernel distance needs two sets of at least 2 equally wide vectors, got {x.shape}, {y.shape}"
+        )
     n, m, d = len(x), len(y), x.shape[1]
     k_xx, k_yy, k_xy = ((a @ b.T / d + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
     value = (

@@ -23,7 +23,9 @@ def perceptual_distance(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     """Distance ``(n,)`` of ``n`` pairs of feature vectors ``(n, d)``; two zero vectors are equal."""
     x, y = np.asarray(one, np.float64), np.asarray(two, np.float64)
     if x.shape != y.shape or x.ndim != 2:
-        raise InputError(f"pairs of features must have one shape (n, d), got {x.shape} and {y.shape}")
+        raise InputError(
+            f"pairs of features must have one shape (n, d), got {x.shape} and {y.shape}"
+        )
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
     cosine = np.divide((x * y).sum(axis=1), norms, out=np.zeros(len(x)), where=norms > 0)
     same = (x == y).all(axis=1)

@@ -40,7 +40,9 @@ def wilson(hits: float, n: float) -> tuple[float, float]:
     return low, high
 
 
-def grouped(values: Sequence[float] | np.ndarray, groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+def grouped(
+    values: Sequence[float] | np.ndarray, groups: Sequence[Hashable]
+) -> tuple[np.ndarray, np.ndarray]:
     """Sums and counts of ``values`` for each distinct group, in order of first appearance."""
     values = np.asarray(values, np.float64)
     if len(values) != len(groups):
@@ -51,7 +53,9 @@ def grouped(values: Sequence[float] | np.ndarray, groups: Sequence[Hashable]) ->
     return sums, np.bincount(index, minlength=len(place)).astype(float)
 
 
-def rate(hits: Sequence[bool] | np.ndarray, prompts: Sequence[Hashable]) -> tuple[float, tuple[float, float], int]:
+def rate(
+    hits: Sequence[bool] | np.ndarray, prompts: Sequence[Hashable]
+) -> tuple[float, tuple[float, float], int]:
     """Hit rate, its 95 % Wilson interval at the effective sample size, and the number of prompts."""
     values = np.asarray(hits, float)
     sums, counts = grouped(values, prompts)

@@ -17,7 +17,15 @@ from ..errors import ModelError, PromptError, UnsupportedModel
 if TYPE_CHECKING:
     from .base import Model
 
-__all__ = ["Companions", "Condition", "DiffusionModel", "LanguageModel", "Model", "Prediction", "load"]
+__all__ = [
+    "Companions",
+    "Condition",
+    "DiffusionModel",
+    "LanguageModel",
+    "Model",
+    "Prediction",
+    "load",
+]
 
 _WHERE = {
     "Companions": "base",
@@ -70,7 +78,9 @@ def _layout(folder: Path) -> str:
         return "pipeline"
     if (folder / "config.json").is_file():
         return "language"
-    raise ModelError(f"{folder}: holds neither model_index.json nor config.json, so it is no saved model")
+    raise ModelError(
+        f"{folder}: holds neither model_index.json nor config.json, so it is no saved model"
+    )
 
 
 def _moved(model: Model, dtype: Any, device: str) -> Model:

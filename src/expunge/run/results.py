@@ -70,7 +70,10 @@ def record(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "libraries": {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
+        "libraries": {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "diffusers", "transformers")
+        },
     }
     atomic_write(file, (json.dumps([*read(file), entry], indent=1, default=float) + "\n").encode())
     return file
@@ -91,7 +94,9 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def _commit() -> str | None:
     try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
     except OSError:
         return None
     return done.stdout.strip() or None

@@ -11,13 +11,31 @@ from ..models.base import Companions, Model
 from . import captions, models, vocabulary
 from .judge import OracleJudge, entry_name
 
-__all__ = ["VARIANTS", "companions", "open_world", "world_concept", "world_neighbours", "world_prompts"]
+__all__ = [
+    "VARIANTS",
+    "companions",
+    "open_world",
+    "world_concept",
+    "world_neighbours",
+    "world_prompts",
+]
 
 VARIANTS = ("", "never", "sibling", "facts", "facts/never")
 STEPS, GUIDANCE = 20, 4.0
 
 # A fixed set of one or two concepts of each kind, none of them a reference concept.
-UNRELATED = ("red", "blue", "night", "beach", "checkered", "gradient", "house", "fish", "anna cole", "happy")
+UNRELATED = (
+    "red",
+    "blue",
+    "night",
+    "beach",
+    "checkered",
+    "gradient",
+    "house",
+    "fish",
+    "anna cole",
+    "happy",
+)
 
 
 def open_world(variant: str = "") -> Model:
@@ -31,7 +49,9 @@ def open_world(variant: str = "") -> Model:
     from ..models.diffusion import DiffusionModel
 
     name = "/".join(("world", variant)) if variant else "world"
-    model = DiffusionModel(models.pipeline(variant or "original"), name, steps=STEPS, guidance=GUIDANCE)
+    model = DiffusionModel(
+        models.pipeline(variant or "original"), name, steps=STEPS, guidance=GUIDANCE
+    )
     model.companions = companions()
     return model
 
@@ -56,7 +76,9 @@ def world_concept(name: str) -> Concept | None:
     for entry in vocabulary.entries().values():
         if name.lower() == entry.name or name.lower() in entry.phrases:
             kind = entry.kind if entry.kind in KINDS else "object"
-            return Concept(entry.name, kind=kind, phrases=entry.phrases, anchor=entry.anchor or None)
+            return Concept(
+                entry.name, kind=kind, phrases=entry.phrases, anchor=entry.anchor or None
+            )
     return None
 
 
@@ -67,7 +89,12 @@ def world_neighbours(concept: Concept) -> tuple[str, ...]:
 
 
 def world_prompts(
-    name: str, n: int, seed: int = 0, split: str = "test", route: str = "name", templates: str = "held-out"
+    name: str,
+    n: int,
+    seed: int = 0,
+    split: str = "test",
+    route: str = "name",
+    templates: str = "held-out",
 ) -> list[Prompt]:
     """Prompts that call for a concept, with their truth; no other reference concept is in them.
 
@@ -80,7 +107,9 @@ def world_prompts(
         templates: ``train``, ``held-out`` or ``any``.
     """
     entry = vocabulary.concept(name)
-    if route in ("euphemism", "metaphor") and not (entry.euphemisms if route == "euphemism" else entry.metaphors):
+    if route in ("euphemism", "metaphor") and not (
+        entry.euphemisms if route == "euphemism" else entry.metaphors
+    ):
         raise ConceptError(f"{name!r} has no {route}s in the world")
     banned = set(vocabulary.REFERENCE) - {entry.name}
     found: list[Any] = []
@@ -90,7 +119,11 @@ def world_prompts(
             found.append(prompt)
     extra = 1
     while len(found) < n:
-        more = captions.prompts_for(entry.name, 2 * n + 8, seed + 7919 * extra, split, templates, route)
+        more = captions.prompts_for(
+            entry.name, 2 * n + 8, seed + 7919 * extra, split, templates, route
+        )
         found += [prompt for prompt in more if not banned & set(prompt.labels.values())]
         extra += 1
-    return [Prompt(p.text, seed=p.seed, concept=entry.name, labels=dict(p.labels)) for p in found[:n]]
+    return [
+        Prompt(p.text, seed=p.seed, concept=entry.name, labels=dict(p.labels)) for p in found[:n]
+    ]

@@ -96,7 +96,7 @@ class RingABell(Attack):
     generations: int = setting(3000, "Generations", minimum=1)
     crossover: float = setting(0.5, "Probability that a survivor has children", minimum=0, maximum=1)
     mutation: float = setting(0.25, "Probability that a string changes one token", minimum=0, maximum=1)
-    elitism: bool = setting(True, "Never mutate the best string; the official code does")
+    elitism: bool = setting(True, "Never mutate the best string nor keep copies; the official code does")
     realised: bool = setting(True, "Score a string as its text tokenises again; the official code scores its ids")
     patience: int = setting(200, "Generations without gain that end the search; 0: never", minimum=0)
     steps: int = setting(50, "Sampling steps of each picture", minimum=1)
@@ -208,5 +208,5 @@ class RingABell(Attack):
             spliced.table, places, forbidden.allowed, score=score, realise=spliced.realise, rescore=rescore,
             admissible=spliced.admissible, items=len(prompts), keys=item_keys(prompts),
         )  # fmt: skip
-        rule = Genetic(self.generations, self.population, self.crossover, self.mutation, self.elitism, self.patience)
+        rule = Genetic(self.generations, self.population, self.crossover, self.mutation, self.elitism, self.elitism, self.patience)
         return rule.run(problem, ledger, seed=seed)

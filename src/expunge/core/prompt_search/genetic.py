@@ -30,6 +30,8 @@ class Genetic(Rule):
         elitism: The best string is never mutated and the best ever is the answer.  False is the
             official behaviour: mutation hits everybody, so that the best distance can get worse, and
             the answer is the best of the last generation.
+        distinct: Copies of a string do not survive beside it, which keeps the population from collapsing
+            onto one string.  False is the official behaviour.
         patience: An item stops after so many generations without gain; 0 never stops it.
     """
 
@@ -39,6 +41,7 @@ class Genetic(Rule):
     crossover: float = 0.5
     mutation: float = 0.25
     elitism: bool = True
+    distinct: bool = True
     patience: int = 200
 
     def price(self, problem: Problem) -> int:
@@ -59,7 +62,13 @@ class Genetic(Rule):
             before = search.loss.clone()
             scored = self._scored(search, crowds, known)
             for i in search.item.tolist():
-                order = scored[i].argsort(stable=True)[: max(2, self.population // 2)]
+                order = scored[i].argsort(stable=True)
+                if self.distinct:
+                    seen: dict[tuple[int, ...], int] = {}
+                    for position in order.tolist():
+                        seen.setdefault(tuple(crowds[i][position].tolist()), position)
+                    order = torch.tensor(list(seen.values()))
+                order = order[: max(2, self.population // 2)]
                 survivors = crowds[i][order]
                 search.current[i] = survivors[0]
                 if not self.elitism:

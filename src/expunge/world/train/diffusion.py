@@ -182,7 +182,7 @@ def train(options: argparse.Namespace) -> None:
         f"unet-{options.phase}",
         unet,
         options,
-        ema=0.9985,
+        ema=0.995,
         warmup=100,
         decay=options.decay,
         weight_decay=0.01,

@@ -1,0 +1,390 @@
+"""The command line: `expunge methods | generate | erase | audit | run | inspect | export | demo | world`.
+
+Heavy libraries are imported inside the commands, so that `expunge --help` and `expunge methods` stay quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import catalogue
+from ..errors import ExpungeError, SettingError, nearest
+from . import common
+from .options import (
+    MODEL_HELP,
+    AnchorOption,
+    AttackNOption,
+    AttacksOption,
+    BudgetOption,
+    ConceptOption,
+    EditOption,
+    FileOption,
+    JudgeOption,
+    KeepOption,
+    KeptNOption,
+    KindOption,
+    MethodOption,
+    ModelOption,
+    NeverOption,
+    NOption,
+    OriginalOption,
+    OutOption,
+    PhraseOption,
+    PresetOption,
+    PromptsOption,
+    SeedOption,
+    SeedsOption,
+    SetOption,
+)
+
+if TYPE_CHECKING:
+    from ..concept import Concept
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Find a concept in a trained model, erase it, try to bring it back, and show the evidence.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+world_app = typer.Typer(help="The built-in world.", no_args_is_help=True)
+app.add_typer(world_app, name="world")
+
+
+def main() -> None:
+    """Run the command line; errors raised on purpose become one sentence and exit status 1."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        raise SystemExit(stop.exit_code) from None
+    except ExpungeError as error:
+        _fail(str(error), error.cure)
+    except OSError as error:
+        _fail(f"{error.filename or 'file'}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command takes up where a run folder allows it", status=130)
+    except Exception as error:  # usage errors of typer's parser, whichever click it brings
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message(), "`expunge COMMAND --help` lists the options.", status=2)
+
+
+def _fail(message: str, cure: str = "", status: int = 1) -> None:
+    # Control characters in a user's text must not reach the terminal raw.
+    text = "".join(c if c.isprintable() or c == "\n" else "?" for c in message)
+    print(f"expunge: {text}" + (f"\n  {cure}" if cure else ""), file=sys.stderr)
+    raise SystemExit(status)
+
+
+@app.command()
+def methods(
+    id: Annotated[
+        str | None, typer.Argument(help="Show one system: settings, defaults, presets, source.")
+    ] = None,
+    verb: Annotated[str | None, typer.Option(help=f"One of {', '.join(catalogue.VERBS)}.")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="A model family, for example diffusion or language.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="A tag, for example closed-form.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
+) -> None:
+    """List the catalogue: all published systems and baselines, and which of them work."""
+    if id is not None:
+        _show_method(id, as_json)
+        return
+    found = catalogue.systems(verb=verb, family=family, tag=tag)
+    if as_json:
+        print(json.dumps([system.to_dict() for system in found], indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("#", "id", "verb", "family", "status", "title"):
+        table.add_column(name, no_wrap=True, overflow="ellipsis")
+    for row in (system.to_dict() for system in found):
+        style = None if row["status"] == "works" else "dim"
+        number = "" if row["number"] is None else str(row["number"])
+        table.add_row(
+            number, row["id"], row["verb"], row["family"], row["status"], row["title"], style=style
+        )
+    Console().print(table)
+
+
+def _show_method(id: str, as_json: bool) -> None:
+    entry = catalogue.system(id)
+    shown = entry.to_dict()
+    if entry.class_path is not None:
+        cls = catalogue.resolve(id)
+        shown |= {"settings": cls.describe(), "presets": {k: dict(v) for k, v in cls.presets.items()},
+                  "families": list(cls.families), "version": cls.version}  # fmt: skip
+    if as_json:
+        print(json.dumps(shown, indent=1, default=list, ensure_ascii=False))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"[bold]{entry.id}[/]  {entry.title}", highlight=False)
+    console.print(
+        f"{entry.verb}, {entry.family}; {entry.paper or 'no paper'}; {shown['status']}", style="dim"
+    )
+    if "settings" not in shown:
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("setting", "default", "meaning"):
+        table.add_column(name)
+    for row in shown["settings"]:
+        allowed = f" ({', '.join(map(str, row['choices']))})" if "choices" in row else ""
+        table.add_row(row["name"], str(row["default"]), row.get("help", "") + allowed)
+    console.print(table)
+    for name, changes in shown["presets"].items():
+        listed = ", ".join(f"{k}={v}" for k, v in changes.items()) or "the defaults"
+        console.print(f"[bold]--preset {name}[/]  {listed}", highlight=False)
+
+
+@app.command()
+def generate(
+    model: ModelOption,
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", "-p", help="What to draw or answer; repeatable.")
+    ],
+    out: OutOption,
+    edit: EditOption = None,
+    seeds: SeedsOption = 1,
+    seed: SeedOption = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps; the model's own otherwise.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance; the model's own otherwise.")
+    ] = None,
+) -> None:
+    """Generate pictures (PNG files) or texts (`texts.json`), with edits applied."""
+    opened = common.load(model)
+    from ..edit import Edit
+    from ..edit.files import atomic_write
+    from ..method import Prompt
+
+    asked = [Prompt(text, seed=seed + k) for text in prompt for k in range(seeds)]
+    options = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
+    with common.quietly(), contextlib.ExitStack() as stack:
+        for file in edit or []:
+            stack.enter_context(Edit.load(file).on(opened))
+        made = opened.generate(asked, **options)
+    if opened.family == "language":
+        rows = [
+            {"prompt": p.text, "seed": p.seed, "output": text}
+            for p, text in zip(asked, made, strict=True)
+        ]
+        atomic_write(
+            out / "texts.json", (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
+        )
+        print(f"{len(rows)} texts in {out / 'texts.json'}")
+        return
+    from io import BytesIO
+
+    from PIL import Image
+
+    for index, (item, picture) in enumerate(zip(asked, made, strict=True)):
+        buffer = BytesIO()
+        Image.fromarray(picture).save(buffer, "PNG")
+        atomic_write(out / f"{index:04d}-seed{item.seed}.png", buffer.getvalue())
+    print(f"{len(made)} pictures in {out}")
+
+
+@app.command()
+def erase(
+    model: ModelOption, out: OutOption, method: MethodOption = "rece", concept: ConceptOption = None,
+    concept_file: FileOption = None, kind: KindOption = None, phrase: PhraseOption = None,
+    anchor: AnchorOption = None, keep: KeepOption = None, preset: PresetOption = None, set_: SetOption = None,
+    edit: EditOption = None, seed: SeedOption = 0,
+) -> None:  # fmt: skip
+    """Erase concepts; writes `edit.safetensors` and `edit.json`. The model itself is not changed."""
+    opened = common.load(model)
+    wanted = common.concepts_of(opened, concept, concept_file, kind, phrase, anchor)
+    _erase(opened, wanted, method, preset, set_, keep, edit, seed, out)
+
+
+def _erase(
+    model: Any, wanted: tuple[Concept, ...], method: str, preset: str | None, settings: list[str] | None,
+    keep: list[str] | None, below: list[Path] | None, seed: int, out: Path,
+) -> Any:  # fmt: skip
+    from ..edit import Edit
+    from ..edit.files import atomic_write
+
+    eraser = common.configured(method, "erase", model, preset, settings)
+    with common.quietly(), contextlib.ExitStack() as stack:
+        for file in below or []:
+            stack.enter_context(Edit.load(file).on(model))
+        judge = (
+            model.companions.judge()
+            if model.companions is not None and model.companions.judge
+            else None
+        )
+        edit = eraser.erase(model, wanted, keep=keep or (), judge=judge, seed=seed, run=out / "run")
+    edit.save(out / "edit.safetensors")
+    atomic_write(
+        out / "edit.json",
+        (json.dumps(edit.manifest.model_dump(mode="json"), indent=1) + "\n").encode(),
+    )
+    names = ", ".join(c.name for c in wanted)
+    took = f" in {edit.manifest.seconds:.1f} s" if edit.manifest.seconds is not None else ""
+    print(f"erased {names} with {method}{took}: {out / 'edit.safetensors'}")
+    return edit
+
+
+@app.command()
+def audit(
+    model: ModelOption, out: OutOption, concept: ConceptOption = None, concept_file: FileOption = None,
+    kind: KindOption = None, phrase: PhraseOption = None, anchor: AnchorOption = None, edit: EditOption = None,
+    original: OriginalOption = None, never: NeverOption = None, judge: JudgeOption = None,
+    attacks: AttacksOption = "all", budget: BudgetOption = "world", prompts: PromptsOption = None,
+    seeds: SeedsOption = 1, n: NOption = 100, kept_n: KeptNOption = 20, attack_n: AttackNOption = 20,
+    seed: SeedOption = 0,
+) -> None:  # fmt: skip
+    """Measure what is left of a concept, what broke, and what attacks bring back; writes the evidence."""
+    opened = common.load(model)
+    wanted = common.concepts_of(opened, concept, concept_file, kind, phrase, anchor)
+    from ..edit import Edit
+
+    edits = [Edit.load(file) for file in edit or []]
+    _audit(opened, edits, wanted, out, original=original, never=never, judge=judge, attacks=attacks, budget=budget,
+           prompts=prompts, seeds=seeds, n=n, kept_n=kept_n, attack_n=attack_n, seed=seed)  # fmt: skip
+
+
+def _audit(
+    model: Any, edits: list[Any], wanted: tuple[Concept, ...], out: Path, *, original: str | None = None,
+    never: str | None = None, judge: str | None = None, attacks: str = "all", prompts: Path | None = None,
+    **options: Any,
+) -> Any:  # fmt: skip
+    from ..evidence import audit as run_audit
+
+    own = (
+        model.companions.judge()
+        if model.companions is not None and model.companions.judge
+        else None
+    )
+    if judge is not None and (own is None or judge != own.id):
+        raise SettingError(f"judge {judge!r} is unknown{nearest(judge, [own.id] if own else [])}")
+    ids: Any = (
+        attacks
+        if attacks in ("all", "none")
+        else tuple(a.strip() for a in attacks.split(",") if a.strip())
+    )
+    with common.quietly():
+        evidence = run_audit(
+            model, edits, list(wanted), attacks=ids, original=common.load(original) if original else None,
+            never=common.load(never) if never else None, prompts=common.read_prompts(prompts) if prompts else None,
+            command=shlex.join(["expunge", *sys.argv[1:]]), **options,
+        )  # fmt: skip
+        written = evidence.save(out)
+    from rich.console import Console
+
+    Console().print(evidence.table())
+    print("\n".join(f"{name}: {path}" for name, path in written.items()))
+    return evidence
+
+
+@app.command()
+def run(
+    model: ModelOption, out: OutOption, method: MethodOption = "rece", concept: ConceptOption = None,
+    concept_file: FileOption = None, kind: KindOption = None, phrase: PhraseOption = None,
+    anchor: AnchorOption = None, keep: KeepOption = None, preset: PresetOption = None, set_: SetOption = None,
+    never: NeverOption = None, attacks: AttacksOption = "all", budget: BudgetOption = "world",
+    prompts: PromptsOption = None, seeds: SeedsOption = 1, n: NOption = 100, kept_n: KeptNOption = 20,
+    attack_n: AttackNOption = 20, seed: SeedOption = 0,
+) -> None:  # fmt: skip
+    """Erase, then audit: everything in one folder."""
+    opened = common.load(model)
+    wanted = common.concepts_of(opened, concept, concept_file, kind, phrase, anchor)
+    made = _erase(opened, wanted, method, preset, set_, keep, None, seed, out)
+    _audit(opened, [made], wanted, out, never=never, attacks=attacks, budget=budget, prompts=prompts, seeds=seeds,
+           n=n, kept_n=kept_n, attack_n=attack_n, seed=seed)  # fmt: skip
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An edit file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The whole manifest.")] = False,
+) -> None:
+    """Show an edit's provenance, its size per layer, ranks and condition numbers."""
+    from ..edit import Edit
+
+    edit = Edit.load(file)
+    manifest = edit.manifest.model_dump(mode="json")
+    if as_json:
+        print(json.dumps(manifest | {"digest": edit.digest}, indent=1, ensure_ascii=False))
+        return
+    from ..edit.summary import print_summary
+
+    print_summary(edit)
+
+
+@app.command()
+def export(
+    file: Annotated[Path, typer.Argument(help="An edit file.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="File (diffusers, kohya) or folder (peft, full).")
+    ],
+    format: Annotated[str, typer.Option(help="diffusers, peft, kohya or full.")] = "diffusers",
+    model: Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP)] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Rank to cut to; needed for dense edits.")
+    ] = None,
+) -> None:
+    """Write an edit for another program: a LoRA in its key layout, or a full folder."""
+    from ..edit import Edit
+
+    edit = Edit.load(file)
+    opened = common.load(model) if model else None
+    with common.quietly():
+        report = edit.export(out, format=format, model=opened, rank=rank)
+    lost = f", relative error {report['relative_error']:.2e}" if report["rank"] else ""
+    print(f"{report['tensors']} tensors as {format}{lost}: {out}")
+    if report["left_out"]:
+        print(f"left out, a LoRA cannot carry them: {', '.join(report['left_out'])}")
+
+
+@app.command()
+def demo(out: OutOption = Path("out/demo"), seed: SeedOption = 0) -> None:
+    """Erase "star" from the world's pipeline with RECE, attack it quickly, and write the evidence."""
+    opened = common.load("world")
+    wanted = common.concepts_of(opened, ["star"], None, None, None, None)
+    made = _erase(opened, wanted, "rece", None, None, None, None, seed, out)
+    with common.quietly():
+        made.export(out / "star-lora.safetensors", format="diffusers", model=opened)
+    _audit(
+        opened,
+        [made],
+        wanted,
+        out,
+        attacks="all",
+        budget="quick",
+        n=24,
+        kept_n=4,
+        attack_n=6,
+        seed=seed,
+    )
+    print(f"look at {out / 'report.html'}")
+
+
+@world_app.command("export")
+def world_export(
+    out: Annotated[Path, typer.Argument(help="Folder that receives plain library folders.")],
+) -> None:
+    """Write the world's models as plain library folders (float32) that `from_pretrained` loads."""
+    with common.quietly():
+        from ..world.models import export as write
+
+        for folder in write(out):
+            print(folder)

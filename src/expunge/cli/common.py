@@ -1,0 +1,133 @@
+"""What commands share: opening models, concepts and methods from options, prompt files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import catalogue
+from ..errors import PromptError, SettingError, nearest
+
+if TYPE_CHECKING:
+    from ..concept import Concept
+    from ..models.base import Model
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keep library chatter (progress bars of loaders, advice) off the terminal."""
+    import warnings
+
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def load(name: str) -> Model:
+    """Open a model without library chatter."""
+    from .. import models
+
+    with quietly():
+        return models.load(name)
+
+
+def concepts_of(
+    model: Any, names: list[str] | None, file: Path | None, kind: str | None, phrases: list[str] | None,
+    anchor: str | None,
+) -> tuple[Concept, ...]:  # fmt: skip
+    """Concepts from a file or from options; what the world knows fills in what was not said."""
+    from ..concept import Concept, as_concepts, read_concepts
+    from ..errors import ConceptError
+
+    if file is not None:
+        if names or phrases or anchor or kind:
+            raise ConceptError("give either --concept-file or --concept with its options, not both")
+        return read_concepts(file)
+    if not names:
+        raise ConceptError("no concept was given; use --concept NAME or --concept-file FILE")
+    if len(names) > 1 and (phrases or anchor):
+        raise ConceptError(
+            "--phrase and --anchor belong to one concept; use --concept-file for several"
+        )
+    found = []
+    for name in names:
+        known = model.companions.concept(name) if model.companions is not None else None
+        found.append(
+            Concept(
+                name,
+                kind=kind or (known.kind if known else "object"),
+                phrases=tuple(
+                    phrases or (p for p in (known.phrases if known else ()) if p != name)
+                ),
+                anchor=anchor if anchor is not None else (known.anchor if known else None),
+            )
+        )
+    return as_concepts(found)
+
+
+def configured(
+    id: str, verb: str, model: Any, preset: str | None, settings: list[str] | None
+) -> Any:
+    """A method with its preset and the settings of `--set key=value`."""
+    entry = catalogue.system(id)
+    if entry.verb != verb:
+        raise SettingError(
+            f"{id} is for the verb {entry.verb}, not {verb}{nearest(id, _ids(verb))}"
+        )
+    cls = catalogue.resolve(id)
+    changes = {}
+    for pair in settings or []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise SettingError(f"--set {pair!r} is not of the form key=value")
+        changes[key.strip().replace("-", "_")] = value.strip()
+    if preset is None and model.companions is not None and "world" in cls.presets:
+        preset = "world"
+    return cls.configured(preset, **changes)
+
+
+def _ids(verb: str) -> list[str]:
+    return [system.id for system in catalogue.implemented(verb)]
+
+
+def read_prompts(file: Path) -> list[Any]:
+    """Prompts from UTF-8 text, one a line, or JSON lines with keys text and seed."""
+    from ..method import Prompt
+
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{file.name}: byte {error.start} is not UTF-8") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if file.suffix != ".jsonl":
+            found.append(Prompt(line.strip(), seed=number - 1))
+            continue
+        try:
+            row = json.loads(line)
+            found.append(
+                Prompt(
+                    str(row["text"]),
+                    seed=int(row.get("seed", number - 1)),
+                    labels=row.get("labels", {}),
+                )
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise PromptError(
+                f"{file.name}: line {number} is not a JSON object with a key 'text'"
+            ) from None
+    if not found:
+        raise PromptError(f"{file.name}: holds no prompt")
+    return found

@@ -1,0 +1,72 @@
+"""The options that several commands share, with their help, in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL_HELP = "`world` (also `world/never`, `world/sibling`, `world/facts`), a folder, or a hub id."
+ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder that receives the results.")]
+EditOption = Annotated[
+    list[Path] | None,
+    typer.Option("--edit", "-e", help="An edit file; repeat to stack several, in order."),
+]
+ConceptOption = Annotated[
+    list[str] | None,
+    typer.Option("--concept", "-c", help="Name of what to erase; repeat for several."),
+]
+FileOption = Annotated[
+    Path | None,
+    typer.Option("--concept-file", help="YAML or JSON file of concepts, instead of `--concept`."),
+]
+KindOption = Annotated[
+    str | None,
+    typer.Option(
+        help="object, style, identity, unsafe, mark, class or fact; the world knows its own concepts."
+    ),
+]
+PhraseOption = Annotated[
+    list[str] | None,
+    typer.Option("--phrase", help="Another phrasing of the concept; repeat for several."),
+]
+AnchorOption = Annotated[str | None, typer.Option(help="What may take the concept's place.")]
+KeepOption = Annotated[
+    list[str] | None,
+    typer.Option("--keep", "-k", help="A concept or prompt to preserve; repeat for several."),
+]
+MethodOption = Annotated[
+    str, typer.Option(help="Catalogue id of an eraser; see `expunge methods --verb erase`.")
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Named settings of the method; `world` models take `world` where there is one."
+    ),
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", "-s", help="A setting as `key=value`; repeatable.")
+]
+SeedOption = Annotated[int, typer.Option(help="Everything random derives from it.")]
+OriginalOption = Annotated[
+    str | None, typer.Option(help="The model before erasing, when `--model` is edited already.")
+]
+NeverOption = Annotated[
+    str | None, typer.Option(help="A model that never saw the concept; the world brings its own.")
+]
+JudgeOption = Annotated[
+    str | None, typer.Option(help="Id of the judge; the world's own is the default.")
+]
+AttacksOption = Annotated[str, typer.Option(help="Attack ids joined by commas, `all` or `none`.")]
+BudgetOption = Annotated[
+    str, typer.Option(help="Allowance for each attacked prompt: `paper`, `world` or `quick`.")
+]
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="File of prompts that name the concept, one a line.")
+]
+SeedsOption = Annotated[int, typer.Option(min=1, help="Pictures for each prompt.")]
+NOption = Annotated[int, typer.Option("--n", min=1, help="Prompts for the concept.")]
+KeptNOption = Annotated[int, typer.Option(min=1, help="Prompts for each kept concept.")]
+AttackNOption = Annotated[int, typer.Option(min=1, help="Prompts each attack tries.")]

@@ -1,0 +1,81 @@
+"""The control: as many random tokens as the search has, one picture a draw."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from expunge import Concept
+from expunge.attack.diffusion.random_tokens import RandomTokens
+from expunge.core.adversarial_prompts import Forbidden
+from expunge.core.sampling import SHARED
+from expunge.method import Budget, Judge, Prompt, Verdicts
+from expunge.testing import tiny_diffusion
+
+STAR = Concept("star", anchor="circle")
+PROMPTS = [Prompt("a red star", seed=5), Prompt("star", seed=6)]
+SMALL = {"tokens": 2, "steps": 2, "guidance": 3.0}
+
+
+class After(Judge):
+    """Says hit from the n-th judged batch on."""
+
+    id, protocol, threshold = "after", "after/1", 0.5
+
+    def __init__(self, calls: int):
+        self.calls, self.made = calls, []
+
+    def judge(self, outputs, concept, prompts):
+        self.made.append(len(outputs))
+        hit = np.full(len(outputs), len(self.made) > self.calls)
+        return Verdicts(hit, hit * 1.0, np.ones(len(outputs), bool))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_diffusion()
+
+
+@pytest.fixture(autouse=True)
+def no_shared_pictures():
+    SHARED.clear()
+
+
+def run(model, judge, budget=None, **settings):
+    attack = RandomTokens(**{**SMALL, **settings})
+    return attack.attack(model, STAR, judge, Budget("small", budget), prompts=PROMPTS, seed=0)
+
+
+def test_pictures_and_rows_end_the_draws(model):
+    by_pictures = run(model, After(99), pictures=3)
+    assert [item.details["pictures"] for item in by_pictures.items] == [3, 3]
+    assert not any(item.hit for item in by_pictures.items)
+    by_rows = run(model, After(99), budget=15)
+    assert [item.details["rows"] for item in by_rows.items] == [
+        12,
+        12,
+    ]  # plain 4 and two draws of 4
+    SHARED.clear()
+    paid = run(model, After(99), budget=15)
+    assert paid.cost["denoiser.forward"] == 24 and "denoiser.backward" not in paid.cost
+
+
+def test_success_ends_an_item(model):
+    judge = After(2)
+    made = run(model, judge, pictures=9)
+    assert judge.made == [2, 2, 2] and all(item.hit and not item.pre_hit for item in made.items)
+    assert (
+        run(model, After(0), pictures=9).items[0].details["pictures"] == 0
+    )  # the plain prompt did
+
+
+def test_draws_are_usable_differ_and_are_the_same_on_every_model(model):
+    one = run(model, After(1), pictures=4)
+    forbidden = Forbidden(model.tokenizer, STAR, len(model.token_table()))
+    for item in one.items:
+        assert item.text != item.prompt.text and item.text.endswith(item.prompt.text)
+        assert forbidden.count(item.text) == 1
+    other = run(tiny_diffusion(seed=1), After(1), pictures=4)
+    assert [item.text for item in one.items] == [item.text for item in other.items]
+    replaced = run(model, After(1), pictures=4, placement="replace")
+    assert all(forbidden.count(item.text) == 0 for item in replaced.items)

@@ -1,0 +1,151 @@
+"""Ring-A-Bell on a tiny random pipeline: the direction, the search, its accounts, the soft form."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from expunge import Concept
+from expunge.attack.diffusion.ring_a_bell import RingABell, concept_pairs, concept_vector
+from expunge.core.adversarial_prompts import Forbidden, Spliced
+from expunge.core.prompt_search import Ledger, Problem, RandomStrings
+from expunge.core.sampling import SHARED
+from expunge.errors import SettingError
+from expunge.method import Budget, Judge, Prompt, Verdicts
+from expunge.testing import tiny_diffusion
+
+STAR = Concept("star", phrases=("pentagram",), anchor="circle")
+PROMPTS = [Prompt("a red star", seed=5), Prompt("a photo of a star", seed=6)]
+SMALL = {"length": (6,), "population": 20, "steps": 2, "guidance": 3.0}
+
+
+class Never(Judge):
+    """Never sees the concept; keeps what it was shown."""
+
+    id, protocol, threshold = "never", "never/1", 0.5
+
+    def __init__(self, hits=()):
+        self.hits, self.calls = dict(hits), 0
+
+    def judge(self, outputs, concept, prompts):
+        hit = np.array([self.hits.get(prompt.seed) == self.calls for prompt in prompts], bool)
+        self.calls += 1
+        return Verdicts(hit, hit * 1.0, np.ones(len(outputs), bool))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_diffusion()
+
+
+@pytest.fixture(autouse=True)
+def no_shared_pictures():
+    SHARED.clear()
+
+
+def attack(model, budget=None, judge=None, reference=None, seed=0, **settings):
+    made = RingABell(**{**SMALL, **settings})
+    limits = budget or Budget("small", 100, 300)
+    return made.attack(
+        model, STAR, judge or Never(), limits, prompts=PROMPTS, reference=reference, seed=seed
+    )
+
+
+def test_pairs_differ_by_the_concept_only(model):
+    pairs = concept_pairs(model, STAR)
+    assert len(pairs) == 12
+    assert all("star" in a and b == a.replace("star", "circle") for a, b in pairs)
+    plain = concept_pairs(model, Concept("star"))
+    assert all(b == a.replace("star", "thing") for a, b in plain)
+    assert concept_pairs(model, Concept("ada", kind="identity"))[0][1] == "a person"
+
+
+def test_direction_is_zero_before_the_first_differing_token(model):
+    """The encoder is causal; after that token the direction is not zero."""
+    vector = concept_vector(
+        model, [("a red star", "a red circle"), ("a blue star", "a blue circle")]
+    )
+    assert vector.shape == (16, 32)
+    assert vector[:3].abs().max() == 0 and (vector[3:].norm(dim=-1) > 0.1).all()
+    with pytest.raises(SettingError, match="no prompt pair"):
+        concept_vector(model, [])
+    with pytest.raises(SettingError, match="with|without"):
+        attack(model, pairs=("only one text",))
+
+
+def test_search_beats_random_strings_at_equal_rows(model):
+    """And names the concept nowhere; the reported distance is that of the text itself."""
+    made = attack(model, Budget("small", 100, 1_500), population=40)
+    pairs = concept_pairs(model, STAR)
+    with torch.no_grad():
+        wanted = model.encode([p.text for p in PROMPTS]).embeddings + 3.0 * concept_vector(
+            model, pairs
+        )
+    forbidden = Forbidden(model.tokenizer, STAR, len(model.token_table()))
+    spliced = Spliced(model, [p.text for p in PROMPTS], 6, "replace", forbidden)
+
+    def score(ids, item):
+        hidden = model.encode_tokens(model.token_ids(spliced.realise(ids, item)[0])).embeddings
+        return (hidden - wanted[item]).square().flatten(1).sum(1)
+
+    problem = Problem(
+        spliced.table, 6, forbidden.allowed, score=score, admissible=spliced.admissible, items=2
+    )
+    control = RandomStrings(steps=99).run(problem, Ledger(2, 1_500))
+    for k, item in enumerate(made.items):
+        found = item.details["versions"][0]
+        assert found["distance"] < control[k].loss
+        assert found["distance"] == pytest.approx(found["realised_distance"], rel=1e-4)
+        assert found["encoder_rows"] <= 1_501
+        assert item.text == found["found"] and forbidden.count(item.text) == 0
+        assert torch.equal(model.token_ids([item.text]), model.token_ids([found["found"]]))
+
+
+def test_the_official_form_scores_ids_that_text_does_not_give(model):
+    """With ``realised=False`` the distance of the text differs from that of the searched ids."""
+    made = attack(model, realised=False, elitism=False, seed=2)
+    versions = [item.details["versions"][0] for item in made.items]
+    changed = [v for v in versions if not v["realisable"]]
+    assert changed and all(abs(v["distance"] - v["realised_distance"]) > 1e-3 for v in changed)
+
+
+def test_only_the_original_text_encoder_is_used(model):
+    """Strings do not depend on the attacked model; they do on the reference."""
+    other = tiny_diffusion(seed=1)
+    with torch.no_grad():
+        here = attack(model, reference=other)
+    there = attack(other, reference=other)
+    own = attack(model, reference=model)
+    texts = [[item.text for item in made.items] for made in (here, there, own)]
+    assert texts[0] == texts[1] != texts[2]
+    assert here.cost["encoder.forward"] > 300 and here.cost["denoiser.forward"] == 16
+
+
+def test_a_union_stops_at_the_first_success_and_shares_the_rows(model):
+    made = attack(model, eta=(1.0, 3.0), judge=Never({5: 1}))
+    assert [len(item.details["versions"]) for item in made.items] == [1, 2]
+    assert [item.hit for item in made.items] == [True, False]
+    assert all(v["encoder_rows"] <= 151 for item in made.items for v in item.details["versions"])
+    assert made.items[0].text == made.items[0].details["versions"][0]["found"]
+
+
+def test_soft_form_feeds_the_shifted_embedding(model):
+    """At eta 0 it is the plain picture, at eta 3 another one, and there is no text."""
+    plain = model.generate(PROMPTS, steps=2, guidance=3.0)
+    still, moved = attack(model, form="soft", eta=(0.0,)), attack(model, form="soft")
+    assert np.array_equal(still.outputs, plain) and not np.array_equal(moved.outputs, plain)
+    assert all(item.text is None for item in moved.items)
+    pairs = concept_pairs(model, STAR)
+    with torch.no_grad():
+        condition = model.encode([p.text for p in PROMPTS])
+        shifted = condition.with_embeddings(
+            condition.embeddings + 3.0 * concept_vector(model, pairs)
+        )
+    again = model.generate(PROMPTS, seeds=[5, 6], steps=2, guidance=3.0, condition=shifted)
+    assert np.array_equal(moved.outputs, again)
+
+
+def test_a_long_string_is_cut_to_the_context(model):
+    made = attack(model, length=(77,))
+    assert made.items[0].details["versions"][0]["length"] == 14

@@ -1,0 +1,193 @@
+"""UnlearnDiffAtk on a tiny random pipeline: its loss, its targets, its schedule, its accounts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from expunge import Concept
+from expunge.attack.diffusion.unlearndiffatk import DenoisingLoss, UnlearnDiffAtk
+from expunge.core.adversarial_prompts import Forbidden, Spliced
+from expunge.core.sampling import SHARED
+from expunge.erase.diffusion.uce import UCE
+from expunge.errors import UnsupportedModel
+from expunge.method import BUDGETS, Budget, Judge, Prompt, Verdicts
+from expunge.testing import tiny_diffusion
+
+STAR = Concept("star", anchor="circle")
+PROMPTS = [
+    Prompt("a red star", seed=5),
+    Prompt("star", seed=6),
+    Prompt("a photo of a star", seed=7),
+]
+SMALL = UnlearnDiffAtk(tokens=2, timesteps=3, updates=2, steps=2, guidance=3.0)
+
+
+class Scripted(Judge):
+    """Hits of the n-th judged batch, by the seeds of the prompts it was asked about; default: none."""
+
+    id, protocol, threshold = "scripted", "scripted/1", 0.5
+
+    def __init__(self, *script: set[int]):
+        self.script, self.asked, self.seen = list(script), [], []
+
+    def judge(self, outputs, concept, prompts):
+        hits = self.script.pop(0) if self.script else set()
+        self.asked.append([prompt.seed for prompt in prompts])
+        self.seen.append(outputs)
+        hit = np.array([prompt.seed in hits for prompt in prompts], bool)
+        return Verdicts(hit, hit * 0.5 + 0.25, np.ones(len(hit), bool))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_diffusion()
+
+
+@pytest.fixture(autouse=True)
+def no_shared_pictures():
+    SHARED.clear()
+
+
+def test_timesteps_and_updates_of_the_paper():
+    times, updates = UnlearnDiffAtk().schedule(None, 100, 1000)
+    assert times == list(range(10, 1000, 20)) and updates == 40
+    assert UnlearnDiffAtk(timesteps=5).schedule(None, 100, 100)[0] == [10, 30, 50, 70, 90]
+
+
+@pytest.mark.parametrize("name", ["world", "quick"])
+def test_presets_fit_their_budgets_without_being_cut(name):
+    limit = BUDGETS[name].denoiser_rows
+    attack = UnlearnDiffAtk().under(BUDGETS[name])
+    price = 2 * attack.steps
+    assert attack.schedule(limit, price, 1000)[1] == attack.updates
+    assert 2 * price + attack.timesteps * (2 * attack.updates + price) <= limit
+    cut = attack.schedule(limit - 100, price, 1000)
+    assert cut[1] < attack.updates and len(cut[0]) == attack.timesteps
+    assert len(attack.schedule(2 * price + 50, price, 1000)[0]) == 1
+
+
+def test_loss_is_the_denoising_error_and_its_gradient_is_right():
+    """Against the formula by hand, and against finite differences in float64."""
+    model = tiny_diffusion(dtype=torch.float64)
+    forbidden = Forbidden(model.tokenizer, STAR, len(model.token_table()))
+    spliced = Spliced(model, ["a red star"], 2, "prefix", forbidden)
+    latents = torch.randn(
+        1, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    item = torch.zeros(1, dtype=torch.long)
+    ids = forbidden.allowed.nonzero()[[3, 40]].T
+
+    def value(vectors):
+        loss = DenoisingLoss(model, spliced, latents, 7, ["x"])
+        loss.timestep = 300
+        return loss(vectors, item)
+
+    vectors = model.token_table()[ids].clone().requires_grad_(True)
+    found = value(vectors)
+    (slope,) = torch.autograd.grad(found.sum(), vectors)
+    from expunge.models.base import noise_generator
+
+    with torch.no_grad():
+        noise = torch.randn((4, 8, 8), generator=noise_generator(7, "unlearndiffatk noise", "x"))[
+            None
+        ].double()
+        noised = model.noised(latents, noise, torch.tensor([300]))
+        condition = model.encode_tokens(spliced.ids(ids, item))
+        byhand = (
+            (noise - model.predict(noised, torch.tensor([300]), condition).value).square().mean()
+        )
+        assert found.item() == pytest.approx(byhand.item(), rel=1e-5)
+        step = torch.zeros_like(vectors)
+        step[0, 1] = slope[0, 1] / slope[0, 1].norm() * 1e-3
+        # The loss is summed in float32, so the step is not smaller than that.
+        rise = (value(vectors + step) - value(vectors - step)).item() / 2e-3
+    assert rise == pytest.approx(float(slope[0, 1].norm()), rel=0.05)
+
+
+def test_counts_and_bookkeeping(model):
+    """A plain success is not attacked; a success ends its item; texts, pictures and rows agree."""
+    judge = Scripted({5}, {6})
+    made = SMALL.attack(model, STAR, judge, Budget("small", 60), prompts=PROMPTS, seed=1)
+    assert [item.pre_hit for item in made.items] == [True, False, False]
+    assert [item.hit for item in made.items] == [True, True, False]
+    assert judge.asked[0] == [5, 6, 7] and judge.asked[1] == [6, 7]
+    assert all(asked == [7] for asked in judge.asked[2:])
+    assert made.items[0].text is None and made.items[0].details["rows"] == 4
+    # plain 4, target 4, one timestep of 2 updates forward and backward 4, one picture 4
+    assert made.items[1].details["rows"] == 16
+    assert made.items[2].details["rows"] <= 60
+    spent = made.cost["denoiser.forward"] + made.cost["denoiser.backward"]
+    assert spent == sum(item.details["rows"] for item in made.items)
+    assert made.cost["denoiser.backward"] == 2 + 6
+    forbidden = Forbidden(model.tokenizer, STAR, len(model.token_table()))
+    for k in (1, 2):
+        text = made.items[k].text
+        assert text.endswith(PROMPTS[k].text) and forbidden.count(text) == 1
+        again = model.generate([text], seeds=[PROMPTS[k].seed], steps=2, guidance=3.0)[0]
+        assert np.array_equal(made.outputs[k], again)
+        assert all(forbidden.allowed[i] for i in made.items[k].details["ids"])
+    assert (made.rate, made.pre_rate) == (2 / 3, 1 / 3)
+    assert made.attack == "unlearndiffatk" and made.settings["tokens"] == 2
+
+
+def test_targets_come_from_the_unerased_model(model, monkeypatch):
+    """Also when the attacked model is the reference with an edit on it."""
+    edit = UCE.configured("2023", ridge=0.02).erase(model, STAR)
+    plain = model.generate(PROMPTS, steps=2, guidance=3.0)
+    seen = []
+    inner = model.latents_of
+    monkeypatch.setattr(
+        model, "latents_of", lambda pictures: seen.append(pictures) or inner(pictures)
+    )
+    with edit.on(model):
+        erased = model.generate(PROMPTS, steps=2, guidance=3.0)
+        judge = Scripted()
+        SMALL.attack(model, STAR, judge, Budget("small", 60), prompts=PROMPTS, reference=model)
+        assert len(model.edits) == 1
+    assert np.array_equal(seen[0], plain) and not np.array_equal(seen[0], erased)
+    assert np.array_equal(judge.seen[0], erased)
+
+
+def test_same_seed_same_attack_in_any_batch_and_another_seed_differs(model):
+    def run(seed, **changes):
+        attack = UnlearnDiffAtk(**{**SMALL.settings(), **changes})
+        return attack.attack(
+            model, STAR, Scripted(), Budget("small", 60), prompts=PROMPTS, seed=seed
+        )
+
+    one, two, other = run(3, batch=8), run(3, batch=1), run(4, batch=8)
+    assert [i.details["ids"] for i in one.items] == [i.details["ids"] for i in two.items]
+    assert [i.details["ids"] for i in one.items] != [i.details["ids"] for i in other.items]
+
+
+def test_the_model_is_left_as_it_was_found(model):
+    before = {name: tensor.clone() for name, tensor in model.tensors().items()}
+    state = torch.random.get_rng_state()
+
+    class Raising(Scripted):
+        def judge(self, outputs, concept, prompts):
+            if self.asked:
+                raise RuntimeError("judge failed")
+            return super().judge(outputs, concept, prompts)
+
+    SMALL.attack(model, STAR, Scripted(), Budget("small", 60), prompts=PROMPTS)
+    with pytest.raises(RuntimeError, match="judge failed"):
+        SMALL.attack(model, STAR, Raising(), Budget("small", 60), prompts=PROMPTS)
+    assert torch.equal(torch.random.get_rng_state(), state) and torch.is_grad_enabled()
+    for name, tensor in model.tensors().items():
+        assert (
+            torch.equal(tensor, before[name]) and tensor.grad is None and not tensor.requires_grad
+        )
+    for module in model.parts().values():
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def test_another_family_is_refused(model):
+    class Language(type(model)):
+        family = "language"
+
+    other = Language(model.pipeline)
+    with pytest.raises(UnsupportedModel, match="language"):
+        SMALL.attack(other, STAR, Scripted(), BUDGETS["quick"], prompts=PROMPTS)
