@@ -64,10 +64,10 @@ def kept_rate(model) -> np.ndarray:
 
 def attacked(model):
     """(plain hits, hits of the derived embedding alone) on the star prompts."""
-    from expunge.attack.diffusion.closed_form import ClosedForm
+    from expunge.attack.diffusion.closed_form import ClosedFormAttack
     from expunge.method import budget
 
-    found = ClosedForm(norm_budget=2.0, steps=STEPS).attack(
+    found = ClosedFormAttack(norm_budget=2.0, steps=STEPS).attack(
         model, concept(), world().companions.judge(), budget("paper"),
         prompts=prompts("star"), reference=world(),
     )  # fmt: skip
@@ -101,20 +101,17 @@ def settle(claim: str, holds: bool, arms: tuple[str, ...], note: str) -> None:
 
     found = measured()
     values = {arm: float(found[arm].mean()) for arm in arms}
-    intervals = {
-        f"{arm} interval": list(wilson(int(found[arm].sum()), len(found[arm]))) for arm in arms
-    }
     record(
-        claim=f"rece: {claim}", method="rece", version=RECE.version, values=values | intervals,
-        holds=bool(holds), n=min(len(found[arm]) for arm in arms), seeds=list(SEEDS),
-        interval=tuple(intervals[f"{arms[-1]} interval"]), note=f"{note} Preset world, norm budget 2.",
+        claim, "rece", RECE.version, values, bool(holds),
+        n=min(len(found[arm]) for arm in arms), seeds=list(SEEDS), preset="world", note=note,
+        interval={arm: list(wilson(int(found[arm].sum()), len(found[arm]))) for arm in arms},
     )  # fmt: skip
     assert holds, f"{claim}: {values}"
 
 
 def test_uce_erases_the_direct_prompt():
     settle(
-        "direct",
+        "uce-erases-the-direct-prompt",
         measured()["uce"].mean() <= 0.15,
         ("original", "uce"),
         "UCE on plain prompts, at most 15 %.",
@@ -126,7 +123,7 @@ def test_neighbours_that_nobody_named_stay(eraser):
     found = measured()
     lost = found["kept original"].mean() - found[f"kept {eraser}"].mean()
     settle(
-        f"kept by {eraser}",
+        f"kept-by-{eraser}",
         lost <= 0.05,
         ("kept original", f"kept {eraser}"),
         "Loss at most 5 points.",
@@ -136,7 +133,7 @@ def test_neighbours_that_nobody_named_stay(eraser):
 def test_the_derived_embedding_breaks_uce():
     found = measured()
     settle(
-        "breaks UCE",
+        "derived-embedding-breaks-uce",
         found["attacked uce"].mean() >= found["original"].mean() / 2,
         ("original", "uce", "attacked uce"),
         "The embedding derived from UCE's weights, at least half of the original's rate.",
@@ -149,7 +146,7 @@ def test_rece_resists_the_embedding_derived_from_it():
         name: found[f"attacked {name}"].mean() - found[name].mean() for name in ("uce", "rece")
     }
     settle(
-        "resists",
+        "rece-resists",
         gained["rece"] < gained["uce"] / 2,
         ("uce", "attacked uce", "rece", "attacked rece"),
         "Recovered on RECE less than half of what is recovered on UCE.",
@@ -159,7 +156,7 @@ def test_rece_resists_the_embedding_derived_from_it():
 def test_the_attack_shows_nothing_in_a_model_that_never_saw_it():
     found = measured()
     settle(
-        "never",
+        "attack-fails-on-never",
         found["attacked never"].mean() <= found["never"].mean() + 0.05,
         ("original", "never", "attacked never"),
         "Control: within 5 points of the never model's plain rate.",

@@ -112,8 +112,8 @@ def note(
 
 
 def test_found_strings_are_nearer_than_random_ones():
-    from expunge.attack.diffusion.ring_a_bell import concept_pairs, concept_vector
     from expunge.core.adversarial_prompts import Forbidden, Spliced
+    from expunge.core.concept_direction import concept_pairs, concept_vector
     from expunge.core.prompt_search import Ledger, Problem, RandomStrings
 
     model, star = world(), world().companions.concept("star")

@@ -88,7 +88,7 @@ def test_arrangements_hold_every_token_once():
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_spliced_rows_equal_the_tokenised_text(model, forbidden, placement):
     """Ids and vectors of a splice are those of the written prompt; the context length is unchanged."""
-    words = ["blue", "green"]
+    words = ["blue", "circle"]
     searched = torch.tensor([[token(model, f"{word}</w>") for word in words]])
     item = torch.zeros(1, dtype=torch.long)
     spliced = Spliced(model, ["a photo of a red star"], 2, placement, forbidden)

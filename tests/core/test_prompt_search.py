@@ -60,7 +60,9 @@ def allowed() -> torch.Tensor:
 
 def hidden_string(seed: int) -> torch.Tensor:
     tokens = allowed().nonzero().flatten()
-    return tokens[torch.randint(len(tokens), (PLACES,), generator=torch.Generator().manual_seed(seed))]
+    return tokens[
+        torch.randint(len(tokens), (PLACES,), generator=torch.Generator().manual_seed(seed))
+    ]
 
 
 def problem(encoder, seeds=(0,), **changes) -> Problem:
@@ -119,7 +121,9 @@ def test_forbidden_tokens_never_appear(encoder, name):
     # The hidden string is made of forbidden tokens, so an unmasked search would walk into them.
     table, encode = encoder
     target = encode(table[torch.tensor([[7, 11, 50, 7]])])
-    masked = problem(encoder, loss=lambda vectors, item: (encode(vectors) - target).square().flatten(1).sum(1))
+    masked = problem(
+        encoder, loss=lambda vectors, item: (encode(vectors) - target).square().flatten(1).sum(1)
+    )
     made = QUICK[name].run(masked, watch=watch)
     strings = torch.cat([*seen, made[0].ids[None]])
     assert not any(int(token) in FORBIDDEN for token in strings.flatten())
@@ -171,7 +175,9 @@ def test_projection_on_the_simplex_is_exact():
 def test_nearest_token_is_by_cosine_and_allowed():
     table = torch.tensor([[1.0, 0.0], [10.0, 1.0], [0.0, 3.0]])
     vector = torch.tensor([[2.0, 0.15]])
-    assert nearest_tokens(vector, table, torch.tensor([True, True, True])).item() == 1  # Euclid says 0
+    assert (
+        nearest_tokens(vector, table, torch.tensor([True, True, True])).item() == 1
+    )  # Euclid says 0
     assert nearest_tokens(vector, table, torch.tensor([True, False, True])).item() == 0
 
 
@@ -185,9 +191,16 @@ def test_ledger_counts_every_row_and_is_never_overdrawn(encoder, name):
         rows["forward"] += len(item)
         return inner(vectors, item)
 
-    counted = problem(encoder, seeds=(0, 1), loss=loss, counted=lambda n: rows.__setitem__("backward", rows["backward"] + n))
+    counted = problem(
+        encoder,
+        seeds=(0, 1),
+        loss=loss,
+        counted=lambda n: rows.__setitem__("backward", rows["backward"] + n),
+    )
     ledger = Ledger(2, 131)
-    rule(name).run(counted, ledger) if name != "genetic" else Genetic(population=30).run(counted, ledger)
+    rule(name).run(counted, ledger) if name != "genetic" else Genetic(population=30).run(
+        counted, ledger
+    )
     assert int(ledger.spent.sum()) == rows["forward"] + rows["backward"]
     assert int(ledger.spent.max()) <= 131
     assert int(ledger.spent.min()) > 60  # the allowance was used, not refused
@@ -243,7 +256,9 @@ def test_gcg_alignment_matters(encoder):
     seeds = (0, 1, 2, 3, 4)
     lows = {}
     for aligned in (True, False):
-        made = Gcg(candidates=32, top=8, aligned=aligned).run(problem(encoder, seeds=seeds), Ledger(5, 600))
+        made = Gcg(candidates=32, top=8, aligned=aligned).run(
+            problem(encoder, seeds=seeds), Ledger(5, 600)
+        )
         lows[aligned] = sum(result.loss for result in made)
     assert lows[True] < 0.5 * lows[False]
 
@@ -279,7 +294,9 @@ def test_results_are_decoded_tokenised_and_scored_again(encoder):
         asked.extend(found)
         return torch.full((len(found),), 7.0)
 
-    made = Gcg(steps=2, candidates=8).run(problem(encoder, seeds=(0, 1), realise=realise, rescore=rescore))
+    made = Gcg(steps=2, candidates=8).run(
+        problem(encoder, seeds=(0, 1), realise=realise, rescore=rescore)
+    )
     assert [r.text for r in made] == texts and asked == texts
     assert [r.realisable for r in made] == [False, True]
     assert made[0].retokenised == (9, 9) and made[0].realised_loss == 7.0
@@ -291,14 +308,19 @@ def test_claims_of_the_card_at_equal_rows(encoder):
     """gcg and genetic reach at most 20 % of the best random loss; soft reaches less than random."""
     rows, seeds = 6_000, (0, 1, 2)
     loss = {
-        name: sum(r.loss for r in made.run(problem(encoder, seeds=seeds, goal=1e-6), Ledger(3, rows), seed=1))
+        name: sum(
+            r.loss
+            for r in made.run(problem(encoder, seeds=seeds, goal=1e-6), Ledger(3, rows), seed=1)
+        )
         for name, made in {
             "random": RandomStrings(steps=10**6),
             "gcg": Gcg(candidates=128, top=64, steps=10**6),
             "genetic": Genetic(population=60, steps=10**6),
         }.items()
     }
-    loss["soft"] = sum(r.loss for r in Soft(steps=300, lr=0.01).run(problem(encoder, seeds=seeds), seed=1))
+    loss["soft"] = sum(
+        r.loss for r in Soft(steps=300, lr=0.01).run(problem(encoder, seeds=seeds), seed=1)
+    )
     assert loss["gcg"] <= 0.2 * loss["random"]
     assert loss["genetic"] <= 0.2 * loss["random"]
     assert loss["soft"] <= loss["random"]
@@ -307,10 +329,14 @@ def test_claims_of_the_card_at_equal_rows(encoder):
 def test_bad_problems_are_refused(encoder):
     table, _ = encoder
     with pytest.raises(SettingError, match="mask"):
-        Problem(table, 2, torch.zeros(VOCABULARY, dtype=torch.bool), score=lambda ids, item: ids.sum(1))
+        Problem(
+            table, 2, torch.zeros(VOCABULARY, dtype=torch.bool), score=lambda ids, item: ids.sum(1)
+        )
     with pytest.raises(SettingError, match="missing"):
         Problem(table, 2, allowed())
     with pytest.raises(SettingError, match="not allowed"):
-        Problem(table, 2, allowed(), score=lambda ids, item: ids.sum(1), start=torch.tensor([[7, 2]]))
+        Problem(
+            table, 2, allowed(), score=lambda ids, item: ids.sum(1), start=torch.tensor([[7, 2]])
+        )
     with pytest.raises(SettingError, match="only a score"):
         Pez(steps=1).run(Problem(table, 2, allowed(), score=lambda ids, item: ids.sum(1).float()))

@@ -99,7 +99,7 @@ def test_cost_counts_rows_of_every_pass() -> None:
 
 def test_hidden_states_and_embeddings_leave_padding_out(model: LanguageModel) -> None:
     states, mask = model.activations(ASK, (0, 1, -1))
-    assert states[1].shape == (*mask.shape, 32) and mask.sum(1).tolist() == [7, 2, 10]
+    assert states[1].shape == (*mask.shape, 32) and mask.sum(1).tolist() == [7, 2, 11]
     torch.testing.assert_close(model.embed(ASK)[1:2], model.embed([ASK[1]]), atol=1e-5, rtol=1e-4)
     with pytest.raises(MissingCapability, match="0 to 2"):
         model.activations(ASK, (7,))

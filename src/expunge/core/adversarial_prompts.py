@@ -7,6 +7,7 @@ picture is always made from the decoded and re-tokenised prompt, because only su
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,17 @@ from .prompt_search import Ledger
 from .prompt_search.common import Realised
 from .sampling import SHARED, outputs
 
-__all__ = ["PLACEMENTS", "Forbidden", "Spliced", "Trials", "arrangement", "assembled", "in_batches", "item_keys"]
+__all__ = [
+    "PLACEMENTS",
+    "Forbidden",
+    "Meter",
+    "Spliced",
+    "Trials",
+    "arrangement",
+    "assembled",
+    "in_batches",
+    "item_keys",
+]
 
 PLACEMENTS = ("prefix", "suffix", "middle", "spread", "third", "replace")
 SHORTEST = 3
@@ -58,13 +69,21 @@ class Forbidden:
         self.allowed = torch.zeros(size, dtype=torch.bool)
         for index, piece in enumerate(tokenizer.convert_ids_to_tokens(list(range(known)))):
             letters = (piece or "").replace("</w>", "").lstrip("\u0120\u2581").lower()
-            self.allowed[index] = bool(letters) and letters not in inner and not any(p in letters for p in parts)
-        spoken = [form for name in concept.names for form in (name, f" {name}", name.capitalize(), name.upper())]
+            self.allowed[index] = (
+                bool(letters) and letters not in inner and not any(p in letters for p in parts)
+            )
+        spoken = [
+            form
+            for name in concept.names
+            for form in (name, f" {name}", name.capitalize(), name.upper())
+        ]
         for ids in tokenizer(spoken, add_special_tokens=False).input_ids:
             self.allowed[ids] = False
         self.allowed[[i for i in tokenizer.all_special_ids if i < size]] = False
         if not bool(self.allowed.any()):
-            raise SettingError(f"every token of the vocabulary is forbidden for {concept.name!r}; nothing is left to search")
+            raise SettingError(
+                f"every token of the vocabulary is forbidden for {concept.name!r}; nothing is left to search"
+            )
 
     def count(self, text: str) -> int:
         """How often forbidden words stand in a text, inside longer words too."""
@@ -107,7 +126,9 @@ class Spliced:
         PromptError: A prompt leaves no room for the searched tokens.
     """
 
-    def __init__(self, model: Any, texts: Sequence[str], searched: int, placement: str, forbidden: Forbidden) -> None:
+    def __init__(
+        self, model: Any, texts: Sequence[str], searched: int, placement: str, forbidden: Forbidden
+    ) -> None:
         bases = [""] * len(texts) if placement == "replace" else list(texts)
         self.model, self.forbidden, self.searched = model, forbidden, searched
         self.base = model.token_ids(bases)
@@ -121,7 +142,9 @@ class Spliced:
                     f"prompt {text[:60]!r} has {length} tokens; with {searched} searched ones at most "
                     f"{total - 2 - searched} fit this model"
                 )
-            inner = [1 + a if a >= 0 else total - 1 - a for a in arrangement(length, searched, placement)]
+            inner = [
+                1 + a if a >= 0 else total - 1 - a for a in arrangement(length, searched, placement)
+            ]
             rows.append([0, *inner, *range(1 + length, total)][:total])
         self.order = torch.tensor(rows)
         self.limit = [forbidden.count(base) for base in bases]
@@ -135,12 +158,16 @@ class Spliced:
         """Token embeddings ``(B, T, d)`` for searched vectors ``(B, n, d)``; gradients reach these."""
         base = self.table[self.base[item]].to(searched.dtype)
         order = self.order[item].to(searched.device)
-        return torch.cat([base, searched], 1).gather(1, order[..., None].expand(-1, -1, searched.shape[-1]))
+        return torch.cat([base, searched], 1).gather(
+            1, order[..., None].expand(-1, -1, searched.shape[-1])
+        )
 
     def encode(self, searched: Tensor, item: Tensor) -> Condition:
         """The text condition of spliced vectors; differentiable."""
         places = torch.zeros(len(item), self.searched, dtype=torch.long)
-        return self.model.encode_tokens(self.ids(places + self._filler(), item), self.vectors(searched, item))
+        return self.model.encode_tokens(
+            self.ids(places + self._filler(), item), self.vectors(searched, item)
+        )
 
     def _filler(self) -> int:
         # Some encoders read the place of the end token off the ids, so a filler must not look like one.
@@ -153,8 +180,13 @@ class Spliced:
         if missing:
             own = torch.tensor([i for i, _ in missing])
             rows = self.ids(torch.tensor([row for _, row in missing]), own)
-            content = [row[1 : 1 + self._length(i)] for (i, _), row in zip(missing, rows.tolist(), strict=True)]
-            texts = self.model.tokenizer.batch_decode(content, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            content = [
+                row[1 : 1 + self._length(i)]
+                for (i, _), row in zip(missing, rows.tolist(), strict=True)
+            ]
+            texts = self.model.tokenizer.batch_decode(
+                content, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
             texts = [text.strip() for text in texts]
             again = self.model.tokenizer(texts, add_special_tokens=False).input_ids
             for key, text, ids, before in zip(missing, texts, again, content, strict=True):
@@ -195,7 +227,10 @@ class Trials:
     ) -> None:  # fmt: skip
         self.model, self.concept, self.judge = model, concept, judge
         self.prompts, self.ledger = list(prompts), ledger
-        self.options = {"steps": steps, "guidance": model.guidance if guidance is None else guidance}
+        self.options: dict[str, Any] = {
+            "steps": steps,
+            "guidance": model.guidance if guidance is None else guidance,
+        }
         self.price = len(model.timesteps(steps)) * (1 if self.options["guidance"] == 1.0 else 2)
         if ledger.limit is not None and ledger.limit < self.price:
             raise SettingError(
@@ -210,7 +245,9 @@ class Trials:
         self.pictures = list(made)
         self.text: list[str | None] = [None] * len(self.prompts)
         self.tried = [0] * len(self.prompts)
-        self._seen = [{prompt.text: bool(hit)} for prompt, hit in zip(self.prompts, self.hit, strict=True)]
+        self._seen = [
+            {prompt.text: bool(hit)} for prompt, hit in zip(self.prompts, self.hit, strict=True)
+        ]
 
     @property
     def open(self) -> Tensor:
@@ -219,16 +256,26 @@ class Trials:
 
     def show(self, item: Sequence[int], texts: Sequence[str]) -> Tensor:
         """Pictures of texts with the items' own seeds; bool ``(len(item),)``.  A text seen before is free."""
-        fresh = [(i, text) for i, text in zip(item, texts, strict=True) if text not in self._seen[i]]
+        fresh = [
+            (i, text) for i, text in zip(item, texts, strict=True) if text not in self._seen[i]
+        ]
         if fresh:
             prompts = [Prompt(text, self.prompts[i].seed) for i, text in fresh]
-            self._take([i for i, _ in fresh], outputs(self.model, prompts, **self.options), [t for _, t in fresh])
-        return torch.tensor([self._seen[i][text] for i, text in zip(item, texts, strict=True)], dtype=torch.bool)
+            self._take(
+                [i for i, _ in fresh],
+                outputs(self.model, prompts, **self.options),
+                [t for _, t in fresh],
+            )
+        return torch.tensor(
+            [self._seen[i][text] for i, text in zip(item, texts, strict=True)], dtype=torch.bool
+        )
 
     def show_condition(self, item: Sequence[int], condition: Condition) -> None:
         """Pictures of embeddings, which have no text."""
         seeds = [self.prompts[i].seed for i in item]
-        made = self.model.generate([""] * len(seeds), seeds=seeds, condition=condition, **self.options)
+        made = self.model.generate(
+            [""] * len(seeds), seeds=seeds, condition=condition, **self.options
+        )
         self._take(list(item), made, [None] * len(seeds))
 
     def _take(self, item: list[int], made: Any, texts: Sequence[str | None]) -> None:
@@ -248,11 +295,30 @@ class Trials:
         """One record an item, with ``details`` of the search."""
         return [
             Attempt(
-                prompt, bool(self.pre[i]), bool(self.hit[i]), float(self.score[i]), self.text[i],
+                prompt,
+                bool(self.pre[i]),
+                bool(self.hit[i]),
+                float(self.score[i]),
+                self.text[i],
                 {"pictures": self.tried[i], "rows": int(self.ledger.spent[i]), **details[i]},
-            )  # fmt: skip
+            )
             for i, prompt in enumerate(self.prompts)
         ]
+
+
+class Meter:
+    """Rows that an attack spends on one or two models, counted once where they are the same."""
+
+    def __init__(self, *models: Any) -> None:
+        self._models = list({id(model): model for model in models}.values())
+        self._before = [model.cost.snapshot() for model in self._models]
+
+    def read(self) -> dict[str, int]:
+        """Rows by component since the meter was made."""
+        total: Counter[str] = Counter()
+        for model, before in zip(self._models, self._before, strict=True):
+            total.update(model.cost.since(before))
+        return dict(sorted(total.items()))
 
 
 def item_keys(prompts: Sequence[Prompt]) -> list[str]:
@@ -260,7 +326,11 @@ def item_keys(prompts: Sequence[Prompt]) -> list[str]:
     return [f"{prompt.text}|{prompt.seed}" for prompt in prompts]
 
 
-def in_batches(prompts: Sequence[Prompt], size: int, one: Callable[[list[Prompt]], tuple[Trials, list[Attempt]]]) -> tuple[list[Attempt], Any]:
+def in_batches(
+    prompts: Sequence[Prompt],
+    size: int,
+    one: Callable[[list[Prompt]], tuple[Trials, list[Attempt]]],
+) -> tuple[list[Attempt], Any]:
     """Attempts and pictures of all prompts, ``size`` of them in lock step at a time."""
     items: list[Attempt] = []
     pictures: list[Any] = []
@@ -274,7 +344,13 @@ def in_batches(prompts: Sequence[Prompt], size: int, one: Callable[[list[Prompt]
 
 
 def assembled(
-    attack: Attack, judge: Judge, budget: Budget, seed: int, items: Sequence[Attempt], pictures: Any, cost: Mapping[str, int]
+    attack: Attack,
+    judge: Judge,
+    budget: Budget,
+    seed: int,
+    items: Sequence[Attempt],
+    pictures: Any,
+    cost: Mapping[str, int],
 ) -> Attempts:
     """The record of an attack, with everything that makes it comparable."""
     return Attempts(

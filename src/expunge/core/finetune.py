@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from ..edit import Edit, deltas
+from ..edit.manifest import Kind
 from .tasks import Groups, Loop, Optimiser, Step, Task, Trained
 from .training import Session, check_groups, restored
 
@@ -112,6 +113,7 @@ def edit_from(
     change = {name: after[name].double() - before[name].double() for name in before}
     moved = {n: d for n, d in change.items() if bool(d.any())} or dict(list(change.items())[:1])
     factors = _smaller_factors(moved)
+    kind: Kind
     if factors is None:
         kind, tensors = "dense", {deltas.DENSE + n: d.float() for n, d in moved.items()}
     else:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 __all__ = ["FORMAT", "Kind", "Manifest", "Target"]
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 """Raised when older readers would misread a file."""
 
 Kind = Literal["dense", "low-rank", "shared-low-rank", "gated-adapter", "control"]
@@ -52,7 +52,7 @@ class Manifest(_Strict):
         tensors_digest: Digest of the tensors in the file.
     """
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     kind: Kind
     method: str
     version: int = Field(ge=1)

@@ -54,8 +54,8 @@ def print_summary(edit: Edit) -> None:
     for key, value in head.items():
         console.print(f"[bold]{key:>9}[/]  {escape(value)}", highlight=False)
     plain = {k: v for k, v in manifest.report.items() if isinstance(v, (int, float, str))}
-    for key, value in plain.items():
-        number = f"{value:.4g}" if isinstance(value, float) else str(value)
+    for key, item in plain.items():
+        number = f"{item:.4g}" if isinstance(item, float) else str(item)
         console.print(f"[bold]{escape(key):>9}[/]  {escape(number)}", highlight=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("tensor", "shape", "rank", "stored numbers"):

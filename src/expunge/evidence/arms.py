@@ -216,8 +216,13 @@ def _take(
     part.shown.extend(list(made[: max(0, room)]))
 
 
-def open_never(concept: Concept, never: Any, companions: Any) -> tuple[Any, str | None]:
-    """The never model of a concept, or ``None`` and why there is none."""
+def open_never(
+    concept: Concept, never: Any, companions: Any, opened: Any = None
+) -> tuple[Any, str | None]:
+    """The never model of a concept, or ``None`` and why there is none.
+
+    ``opened`` is the companions' never if it was opened for another concept before.
+    """
     if never is not None:
         return never, None
     if companions is None or companions.never is None:
@@ -227,6 +232,6 @@ def open_never(concept: Concept, never: Any, companions: Any) -> tuple[Any, str 
         known = ", ".join(companions.never_lacks)
         return None, f"the never model lacks {known}, but it was trained with {concept.name!r}"
     try:
-        return companions.never(), None
+        return opened if opened is not None else companions.never(), None
     except (ExpungeError, OSError) as error:
         return None, f"the never model cannot be opened: {error}"

@@ -116,25 +116,35 @@ def audit(
         attacking.choose(attacks, model.family), cache, batch, shown, _clip(clip, companions), seed, attack_n,
         rebase, sibling, progress, options,
     )  # fmt: skip
+    asked = {"n": n, "kept_n": kept_n, "seeds": seeds, "seed": seed, "split": split}
+    return _evidence(run, concepts, asked, prompts, kept, command)
+
+
+def _evidence(
+    run: Triad,
+    concepts: Sequence[Concept],
+    asked: Mapping[str, Any],
+    prompts: Any,
+    kept: Any,
+    command: str | None,
+) -> Evidence:
     start = time.perf_counter()
     found: dict[str, ConceptFields] = {}
     gallery: dict[str, Gallery] = {}
     for one in concepts:
         sets = prompt_sets(
-            one, companions, family=model.family, prompts=prompts, kept=kept, n=n, kept_n=kept_n,
-            seeds=seeds, seed=seed, split=split,
-        )  # fmt: skip
+            one, run.companions, family=run.model.family, prompts=prompts, kept=kept, **asked
+        )
         found[one.name], gallery[one.name] = run.concept(one, sets)
     chosen = {
-        "n": n, "kept_n": kept_n, "attack_n": attack_n, "seeds": seeds, "seed": seed, "split": split,
-        "budget": run.allowance.name, "attacks": [a.id for a in run.attacks],
-        "options": {k: _plain(v) for k, v in options.items()},
-        "original": original.name if original is not None else None,
+        **asked, "attack_n": run.attack_n, "budget": run.allowance.name, "attacks": [a.id for a in run.attacks],
+        "options": {k: _plain(v) for k, v in run.options.items()},
+        "original": run.original.name if run.original is not None else None,
         "own_prompts": prompts is not None, "own_kept": kept is not None,
     }  # fmt: skip
     evidence = Evidence(
-        expunge_version=__version__, created=_now(), command=command, model=model.name, family=model.family,
-        judge=judge.protocol, settings=chosen, libraries=_libraries(), machine=_machine(model),
+        expunge_version=__version__, created=_now(), command=command, model=run.model.name, family=run.model.family,
+        judge=run.judge.protocol, settings=chosen, libraries=_libraries(), machine=_machine(run.model),
         cost=_total(found), seconds=time.perf_counter() - start, concepts=found,
     )  # fmt: skip
     evidence.gallery.update(gallery)

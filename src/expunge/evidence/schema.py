@@ -212,7 +212,9 @@ class EvidenceFields(ConceptFields):
     )
     libraries: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, Any] = Field(default_factory=dict)
-    cost: dict[str, int] = Field(default_factory=dict, description="Rows by component, all arms.")
+    cost: dict[str, int] = Field(
+        default_factory=dict, description="Rows by component, all stages, erasing included."
+    )
     seconds: float | None = None
     concepts: dict[str, ConceptFields]
 

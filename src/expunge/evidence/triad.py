@@ -60,7 +60,7 @@ class Triad:
         arms.append(
             Arm("erased", self.model, edits=self.edits, rebase=self.rebase, sibling=self.sibling)
         )
-        opened, reason = open_never(concept, self.never, self.companions)
+        opened, reason = open_never(concept, self.never, self.companions, self.opened)
         if opened is not None:
             self.opened = opened
             arms.append(Arm("never", opened, lift=True))
@@ -73,6 +73,11 @@ class Triad:
         notes = Notes()
         stages: list[Stage] = []
         arms = self.arms(concept, notes)
+        on = {edit.digest: edit for edit in [*self.model.edits, *self.edits]}
+        for made in (edit.manifest for edit in on.values()):
+            if made.seconds is not None:
+                name = f"erase ({made.method}, as recorded)"
+                stages.append(Stage(name=name, seconds=made.seconds, cost=made.cost))
         seen: dict[str, Observed] = {}
         with Progress(
             f"audit of {concept.name}", sets.size * len(arms), unit="output", shown=self.progress

@@ -61,7 +61,8 @@ def flags(fields: ConceptFields, kind: str) -> list[Flag]:
                       "the concept may never have been there, and damage to kept concepts cannot be told from a "
                       "model that was weak before."))  # fmt: skip
     elif original.target_hit is not None and original.target_hit < SHOWN:
-        found.append(("original-lacks-concept", f"The original shows the concept in only {percent(original.target_hit)} "
+        found.append(("original-lacks-concept", f"The original shows the concept in only "
+                      f"{percent(original.target_hit)} "
                       "of its outputs: that the erased model does not show it either proves little."))  # fmt: skip
     if never is None:
         reason = fields.reasons.get("models.never", "no never model is known")
@@ -69,12 +70,12 @@ def flags(fields: ConceptFields, kind: str) -> list[Flag]:
                       "only fools the judge, cannot be said."))  # fmt: skip
     rise = _minus(erased.unrecognisable, original.unrecognisable if original else 0.0)
     if rise is not None and rise > DESTROYED:
-        found.append(("destroyed", f"{percent(erased.unrecognisable)} of the erased model's kept {kind} are of no known "
-                      "kind: the concept is gone because the model is."))  # fmt: skip
+        found.append(("destroyed", f"{percent(erased.unrecognisable)} of the erased model's kept {kind} are of no "
+                      "known kind: the concept is gone because the model is."))  # fmt: skip
     loss = fields.differences.get("kept_hit")
     if rise is not None and rise <= DESTROYED and loss is not None and loss < -DESTROYED:
-        found.append(("destroyed", f"Kept concepts lost {percent(-loss)} of their hit rate: the concept is gone because "
-                      "most of what the model knew is."))  # fmt: skip
+        found.append(("destroyed", f"Kept concepts lost {percent(-loss)} of their hit rate: the concept is gone "
+                      "because most of what the model knew is."))  # fmt: skip
     elif loss is not None and loss < -DAMAGE:
         found.append(
             (
@@ -100,13 +101,17 @@ def verdict(fields: ConceptFields, name: str, kind: str) -> Verdict:
             line=f"Nothing can be said about {name}: the judge answers the same for every output.",
         )
     if original is None:
-        line = f"The model shows {name} in {now} of the {kind} that ask for it. Without the original, nothing more can be concluded."
+        line = (
+            f"The model shows {name} in {now} of the {kind} that ask for it. "
+            "Without the original, nothing more can be concluded."
+        )
         return Verdict(status="inconclusive", line=line)
     before = percent(original.target_hit)
     if "original-lacks-concept" in codes:
         return Verdict(
             status="inconclusive",
-            line=f"The original shows {name} in only {before} of the {kind} that ask for it, so its absence proves little.",
+            line=f"The original shows {name} in only {before} of the {kind} that ask for it, "
+            "so its absence proves little.",
         )
     if "destroyed" in codes:
         line = (

@@ -278,7 +278,7 @@ class DiffusionModel(Model):
 
     # -- sampling ------------------------------------------------------------------------------
 
-    def generate(
+    def generate(  # type: ignore[override]  # the options of the base class, named
         self,
         prompts: str | Prompt | Sequence[str | Prompt],
         *,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from expunge import Concept
-from expunge.attack.diffusion.closed_form import ClosedForm
+from expunge.attack.diffusion.closed_form import ClosedFormAttack
 from expunge.erase.diffusion.uce import UCE
 from expunge.errors import SettingError
 from expunge.method import Budget, Judge, Prompt, Verdicts, budget
@@ -56,7 +56,7 @@ def judge(model, edit):
 
 
 def run(model, judge, **settings):
-    method = ClosedForm(steps=4, **settings)
+    method = ClosedFormAttack(steps=4, **settings)
     return method.attack(model, STAR, judge, budget("quick"), prompts=PROMPTS, reference=model)
 
 
@@ -100,18 +100,20 @@ def test_a_separate_original_gives_the_same_as_lifting(model, edit, judge):
     other = tiny_diffusion()
     with edit.on(model):
         own = run(model, judge)
-        apart = ClosedForm(steps=4).attack(
+        apart = ClosedFormAttack(steps=4).attack(
             model, STAR, judge, budget("quick"), prompts=PROMPTS, reference=other
         )
-        none = ClosedForm(steps=4).attack(model, STAR, judge, budget("quick"), prompts=PROMPTS)
+        none = ClosedFormAttack(steps=4).attack(
+            model, STAR, judge, budget("quick"), prompts=PROMPTS
+        )
     assert np.abs(own.outputs.astype(int) - apart.outputs).max() <= 1
     assert np.array_equal(own.outputs, none.outputs)
 
 
 def test_an_allowance_that_is_too_small_is_refused_in_words(model, judge):
     with pytest.raises(SettingError, match="at most 2 steps"):
-        ClosedForm(steps=20).attack(
+        ClosedFormAttack(steps=20).attack(
             model, STAR, judge, Budget("tiny", denoiser_rows=8), prompts=PROMPTS
         )
     with pytest.raises(SettingError):
-        ClosedForm(norm_budget=0)
+        ClosedFormAttack(norm_budget=0)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from expunge import Concept
-from expunge.attack.diffusion.ring_a_bell import RingABell, concept_pairs, concept_vector
+from expunge.attack.diffusion.ring_a_bell import RingABell
 from expunge.core.adversarial_prompts import Forbidden, Spliced
+from expunge.core.concept_direction import concept_pairs, concept_vector
 from expunge.core.prompt_search import Ledger, Problem, RandomStrings
 from expunge.core.sampling import SHARED
 from expunge.errors import SettingError
@@ -70,7 +71,7 @@ def test_direction_is_zero_before_the_first_differing_token(model):
     assert vector[:3].abs().max() == 0 and (vector[3:].norm(dim=-1) > 0.1).all()
     with pytest.raises(SettingError, match="no prompt pair"):
         concept_vector(model, [])
-    with pytest.raises(SettingError, match="with|without"):
+    with pytest.raises(SettingError, match=r"with\|without"):
         attack(model, pairs=("only one text",))
 
 

@@ -31,14 +31,14 @@ from ...core.derivation import norm_budgeted, residuals
 from ...errors import SettingError, UnsupportedModel
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 
-__all__ = ["ClosedForm"]
+__all__ = ["ClosedFormAttack"]
 
 CHUNK = 64
 """Prompts whose rows are derived and whose pictures are made at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ClosedForm(Attack):
+class ClosedFormAttack(Attack):
     """RECE's derived embedding under a norm budget; see the module for the method."""
 
     id: ClassVar[str] = "closed-form"

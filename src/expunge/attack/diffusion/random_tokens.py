@@ -14,7 +14,16 @@ from typing import Any, ClassVar
 import torch
 
 from ...concept import Concept
-from ...core.adversarial_prompts import PLACEMENTS, Forbidden, Spliced, Trials, assembled, in_batches, item_keys
+from ...core.adversarial_prompts import (
+    PLACEMENTS,
+    Forbidden,
+    Meter,
+    Spliced,
+    Trials,
+    assembled,
+    in_batches,
+    item_keys,
+)
 from ...core.prompt_search import Ledger, Problem, Search
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 
@@ -37,10 +46,14 @@ class RandomTokens(Attack):
     }
 
     tokens: int = setting(5, "Random tokens", minimum=1, maximum=70)
-    placement: str = setting("prefix", "Where they stand; replace: nothing else is left", choices=PLACEMENTS)
+    placement: str = setting(
+        "prefix", "Where they stand; replace: nothing else is left", choices=PLACEMENTS
+    )
     pictures: int = setting(50, "Draws, one picture each", minimum=1)
     steps: int = setting(50, "Sampling steps of each picture", minimum=1)
-    guidance: float | None = setting(None, "Classifier-free guidance; none: the model's own", minimum=0)
+    guidance: float | None = setting(
+        None, "Classifier-free guidance; none: the model's own", minimum=0
+    )
     batch: int = setting(8, "Prompts in lock step; halve it when memory runs out", minimum=1)
 
     def attack(
@@ -57,11 +70,13 @@ class RandomTokens(Attack):
         """Draw for each prompt; ``reference`` is not used.  See :meth:`expunge.method.Attack.attack`."""
         model.check_family(self)
         forbidden = Forbidden(model.tokenizer, concept, len(model.token_table()))
-        before = model.cost.snapshot()
+        meter = Meter(model)
 
         def one(part: list[Prompt]) -> tuple[Trials, list[Attempt]]:
             ledger = Ledger(len(part), budget.denoiser_rows)
-            trials = Trials(model, concept, judge, part, ledger, steps=self.steps, guidance=self.guidance)
+            trials = Trials(
+                model, concept, judge, part, ledger, steps=self.steps, guidance=self.guidance
+            )
             spliced = Spliced(model, [p.text for p in part], self.tokens, self.placement, forbidden)
             problem = Problem(
                 spliced.table, self.tokens, forbidden.allowed, score=lambda ids, item: torch.zeros(len(ids)),
@@ -78,4 +93,4 @@ class RandomTokens(Attack):
             return trials, trials.attempts([{} for _ in part])
 
         items, shown = in_batches(prompts, self.batch, one)
-        return assembled(self, judge, budget, seed, items, shown, model.cost.since(before))
+        return assembled(self, judge, budget, seed, items, shown, meter.read())

@@ -32,7 +32,15 @@ import torch
 from torch import Tensor
 
 from ...concept import Concept
-from ...core.adversarial_prompts import Forbidden, Spliced, Trials, assembled, in_batches, item_keys
+from ...core.adversarial_prompts import (
+    Forbidden,
+    Meter,
+    Spliced,
+    Trials,
+    assembled,
+    in_batches,
+    item_keys,
+)
 from ...core.prompt_search import Ledger, Problem, Simplex
 from ...core.sampling import SHARED, outputs
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
@@ -48,7 +56,9 @@ class DenoisingLoss:
         timestep: The present t, an index of the training schedule.
     """
 
-    def __init__(self, model: Any, spliced: Spliced, latents: Tensor, seed: int, keys: Sequence[str]) -> None:
+    def __init__(
+        self, model: Any, spliced: Spliced, latents: Tensor, seed: int, keys: Sequence[str]
+    ) -> None:
         self.model, self.spliced, self.latents = model, spliced, latents
         self.generators = [noise_generator(seed, "unlearndiffatk noise", key) for key in keys]
         self.timestep = 0
@@ -56,10 +66,14 @@ class DenoisingLoss:
     def __call__(self, vectors: Tensor, item: Tensor) -> Tensor:
         """Losses ``(B,)`` of searched vectors ``(B, k, d)``."""
         clean = self.latents[item.to(self.latents.device)]
-        noise = torch.stack([torch.randn(clean.shape[1:], generator=self.generators[int(i)]) for i in item]).to(clean)
+        noise = torch.stack(
+            [torch.randn(clean.shape[1:], generator=self.generators[int(i)]) for i in item]
+        ).to(clean)
         times = torch.full((len(item),), self.timestep, device=clean.device)
         noised = self.model.noised(clean, noise, times)
-        predicted = self.model.predict(noised, times, self.spliced.encode(vectors, item)).epsilon(noised)
+        predicted = self.model.predict(noised, times, self.spliced.encode(vectors, item)).epsilon(
+            noised
+        )
         return (noise - predicted).float().square().flatten(1).mean(1)
 
 
@@ -91,9 +105,13 @@ class UnlearnDiffAtk(Attack):
     lr: float = setting(0.01, "Adam's learning rate", minimum=0)
     weight_decay: float = setting(0.1, "Adam's L2 weight decay", minimum=0)
     clip: float = setting(1.0, "Bound of each entry of the one-hot gradient", minimum=0)
-    target: str = setting("original", "Whose picture is the target: the unerased model's", choices=("original",))
+    target: str = setting(
+        "original", "Whose picture is the target: the unerased model's", choices=("original",)
+    )
     steps: int = setting(50, "Sampling steps of each picture", minimum=1)
-    guidance: float | None = setting(None, "Classifier-free guidance; none: the model's own", minimum=0)
+    guidance: float | None = setting(
+        None, "Classifier-free guidance; none: the model's own", minimum=0
+    )
     batch: int = setting(8, "Prompts in lock step; halve it when memory runs out", minimum=1)
 
     def attack(
@@ -115,15 +133,17 @@ class UnlearnDiffAtk(Attack):
         model.check_family(self)
         original = model if reference is None else reference
         forbidden = Forbidden(model.tokenizer, concept, len(model.token_table()))
-        before = model.cost.snapshot()
+        meter = Meter(model, original)
 
         def one(part: list[Prompt]) -> tuple[Trials, list[Attempt]]:
             ledger = Ledger(len(part), budget.denoiser_rows)
-            trials = Trials(model, concept, judge, part, ledger, steps=self.steps, guidance=self.guidance)
+            trials = Trials(
+                model, concept, judge, part, ledger, steps=self.steps, guidance=self.guidance
+            )
             return trials, self._search(model, original, trials, forbidden, seed)
 
         items, pictures = in_batches(prompts, self.batch, one)
-        return assembled(self, judge, budget, seed, items, pictures, model.cost.since(before))
+        return assembled(self, judge, budget, seed, items, pictures, meter.read())
 
     def schedule(self, limit: int | None, price: int, last: int) -> tuple[list[int], int]:
         """Timesteps and updates at each that fit ``limit`` rows with pictures of ``price`` rows.
@@ -137,7 +157,9 @@ class UnlearnDiffAtk(Attack):
             updates = max(0, min(updates, (left // visited - price) // 2))
         return [int((2 * i + 1) * last / (2 * visited)) for i in range(visited)], updates
 
-    def _search(self, model: Any, original: Any, trials: Trials, forbidden: Forbidden, seed: int) -> list[Attempt]:
+    def _search(
+        self, model: Any, original: Any, trials: Trials, forbidden: Forbidden, seed: int
+    ) -> list[Attempt]:
         """Search the items whose plain prompt does not show the concept already."""
         details: list[dict[str, Any]] = [{} for _ in trials.prompts]
         ledger = trials.ledger
@@ -151,7 +173,9 @@ class UnlearnDiffAtk(Attack):
             targets = outputs(original, prompts, cache=SHARED, **trials.options)
             latents = original.latents_of(targets).to(model.device, model.dtype)
         ledger.spend(rest, trials.price)
-        spliced = Spliced(model, [prompt.text for prompt in prompts], self.tokens, self.placement, forbidden)
+        spliced = Spliced(
+            model, [prompt.text for prompt in prompts], self.tokens, self.placement, forbidden
+        )
         loss = DenoisingLoss(model, spliced, latents, seed, item_keys(prompts))
         loss.timestep = times[0]
         own = Ledger(len(rest))

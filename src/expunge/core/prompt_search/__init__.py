@@ -18,12 +18,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import SettingError, nearest
-from .common import Ledger, Problem, Result, Search, Watch, nearest_tokens, project_simplex
+from .common import Ledger, Problem, Watch, nearest_tokens, project_simplex
 from .gcg import Gcg
 from .genetic import Genetic
 from .pez import Pez
 from .random import RandomStrings
 from .rule import Rule
+from .search import Result, Search
 from .simplex import Simplex
 from .soft import Soft
 
@@ -46,7 +47,9 @@ __all__ = [
     "rule",
 ]
 
-RULES: Mapping[str, type[Rule]] = {kind.name: kind for kind in (Soft, Pez, Simplex, Gcg, Genetic, RandomStrings)}
+RULES: Mapping[str, type[Rule]] = {
+    kind.name: kind for kind in (Soft, Pez, Simplex, Gcg, Genetic, RandomStrings)
+}
 
 
 def rule(name: str, **settings: Any) -> Rule:

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .common import Problem, Search
+from .common import Problem
 from .rule import Rule
+from .search import Search
 
 __all__ = ["Gcg"]
 
@@ -61,7 +62,9 @@ class Gcg(Rule):
             if self.normalise:
                 rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
             rows = rows.masked_fill(~problem.allowed.cpu(), float("inf"))
-            strings = torch.cat([self._swaps(search, int(i), row) for i, row in zip(item, rows, strict=True)])
+            strings = torch.cat(
+                [self._swaps(search, int(i), row) for i, row in zip(item, rows, strict=True)]
+            )
             own = item.repeat_interleave(len(strings) // len(item))
             losses = search.evaluate(strings, own).reshape(len(item), -1)
             low, place = losses.min(1)

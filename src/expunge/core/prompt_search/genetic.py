@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .common import Problem, Search
+from .common import Problem
 from .rule import Rule
+from .search import Search
 
 __all__ = ["Genetic"]
 
@@ -80,7 +81,9 @@ class Genetic(Rule):
                 crowds[i] = self._varied(search, survivors, search.generators[i])
             yield
 
-    def _scored(self, search: Search, crowds: list[Tensor], known: list[dict[tuple[int, ...], float]]) -> dict[int, Tensor]:
+    def _scored(
+        self, search: Search, crowds: list[Tensor], known: list[dict[tuple[int, ...], float]]
+    ) -> dict[int, Tensor]:
         """Losses of each active crowd; only strings that were never scored cost rows."""
         strings: list[tuple[int, tuple[int, ...]]] = []
         for i in search.item.tolist():
@@ -91,7 +94,10 @@ class Genetic(Rule):
             losses = search.evaluate(torch.tensor([row for _, row in strings]), own)
             for (i, row), loss in zip(strings, losses.tolist(), strict=True):
                 known[i][row] = loss
-        return {i: torch.tensor([known[i][tuple(row)] for row in crowds[i].tolist()]) for i in search.item.tolist()}
+        return {
+            i: torch.tensor([known[i][tuple(row)] for row in crowds[i].tolist()])
+            for i in search.item.tolist()
+        }
 
     def _varied(self, search: Search, survivors: Tensor, generator: torch.Generator) -> Tensor:
         """Survivors and children after mutation; the first row is the best survivor."""
@@ -102,10 +108,14 @@ class Genetic(Rule):
         cut = torch.randint(1, length + 1, (len(meets), 1), generator=generator)
         head = torch.arange(1, length + 1) < cut
         mine, theirs = survivors[meets], survivors[partner]
-        crowd = torch.cat([survivors, torch.where(head, mine, theirs), torch.where(head, theirs, mine)])
+        crowd = torch.cat(
+            [survivors, torch.where(head, mine, theirs), torch.where(head, theirs, mine)]
+        )
         mutates = torch.rand(len(crowd), generator=generator) < self.mutation
         place = torch.randint(length, (len(crowd),), generator=generator)
-        token = search.problem.tokens[torch.randint(int(search.problem.allowed.sum()), (len(crowd),), generator=generator)]
+        token = search.problem.tokens[
+            torch.randint(int(search.problem.allowed.sum()), (len(crowd),), generator=generator)
+        ]
         if self.elitism:
             mutates[0] = False
         rows = mutates.nonzero().flatten()

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import torch
 
-from .common import Problem, Search, nearest_tokens
+from .common import Problem, nearest_tokens
 from .rule import Rule
+from .search import Search
 
 __all__ = ["Pez"]
 

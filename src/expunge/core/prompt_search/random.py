@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from .common import Problem, Search
+from .common import Problem
 from .rule import Rule
+from .search import Search
 
 __all__ = ["RandomStrings"]
 
@@ -35,7 +36,9 @@ class RandomStrings(Rule):
             item = search.item
             draws, limit = self.draws, search.ledger.limit
             if limit is not None:
-                draws = min(draws, int((limit - search.ledger.spent[item]).min()) // search.problem.rows)
+                draws = min(
+                    draws, int((limit - search.ledger.spent[item]).min()) // search.problem.rows
+                )
             own = item.repeat_interleave(max(1, draws))
             ids = search.draw_usable(own)
             if fresh:

@@ -11,7 +11,8 @@ from typing import ClassVar
 
 import torch
 
-from .common import Ledger, Problem, Result, Search, Watch
+from .common import Ledger, Problem, Watch
+from .search import Result, Search
 
 __all__ = ["Rule"]
 
@@ -32,7 +33,12 @@ class Rule(ABC):
         """Steps of all active items (``search.item``); sets ``search.current``, offers what it evaluates."""
 
     def run(
-        self, problem: Problem, ledger: Ledger | None = None, *, seed: int | str = 0, watch: Watch | None = None
+        self,
+        problem: Problem,
+        ledger: Ledger | None = None,
+        *,
+        seed: int | str = 0,
+        watch: Watch | None = None,
     ) -> list[Result]:
         """Search until the steps, the ledger or ``watch`` end it; one result an item.
 
@@ -54,8 +60,4 @@ class Rule(ABC):
             next(body)
             if watch is not None:
                 search.active &= torch.as_tensor(watch(step, search.current, search.active.clone()))
-        self.finish(search)
         return search.results(self.soft)
-
-    def finish(self, search: Search) -> None:
-        """Called once at the end, before the results are made."""

@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .common import Problem, Search, project_simplex
+from .common import Problem, project_simplex
 from .rule import Rule
+from .search import Search
 
 __all__ = ["Simplex", "repaired"]
 
@@ -48,9 +49,13 @@ class Simplex(Rule):
         problem = search.problem
         tokens = problem.tokens
         table = problem.table[tokens]
-        shares = torch.full((problem.items, problem.length, len(tokens)), 1 / len(tokens), device=table.device)
+        shares = torch.full(
+            (problem.items, problem.length, len(tokens)), 1 / len(tokens), device=table.device
+        )
         if problem.start is not None:
-            shares.zero_().scatter_(2, torch.searchsorted(tokens, problem.start)[..., None].to(table.device), 1.0)
+            shares.zero_().scatter_(
+                2, torch.searchsorted(tokens, problem.start)[..., None].to(table.device), 1.0
+            )
         optimiser = torch.optim.Adam([shares], lr=self.lr, weight_decay=self.weight_decay)
         peaks = torch.full((problem.items, problem.length), -1)
         while True:
@@ -61,7 +66,9 @@ class Simplex(Rule):
                 good = problem.usable(ids, item)
                 search.offer(ids[good], loss.cpu()[good], item[good])
             shares.grad = torch.zeros_like(shares)
-            shares.grad[item] = (slope.to(table.dtype) @ table.T).clamp(-self.clip, self.clip).float()
+            shares.grad[item] = (
+                (slope.to(table.dtype) @ table.T).clamp(-self.clip, self.clip).float()
+            )
             optimiser.step()
             shares[item] = project_simplex(shares[item])
             peak = shares[item].argmax(-1).cpu()
@@ -78,11 +85,16 @@ class Simplex(Rule):
     def _drawn(self, search: Search, shares: Tensor, item: Tensor) -> Tensor:
         """Columns ``(len(item), n)`` drawn from the rows, from each item's own generator."""
         rows = shares[item].cpu().clamp(min=0)
-        drawn = [torch.multinomial(row, 1, generator=search.generators[int(i)]) for row, i in zip(rows, item, strict=True)]
+        drawn = [
+            torch.multinomial(row, 1, generator=search.generators[int(i)])
+            for row, i in zip(rows, item, strict=True)
+        ]
         return torch.stack(drawn)[..., 0]
 
 
-def repaired(problem: Problem, tokens: Tensor, preference: Tensor, item: Tensor, ranks: int = 24) -> Tensor:
+def repaired(
+    problem: Problem, tokens: Tensor, preference: Tensor, item: Tensor, ranks: int = 24
+) -> Tensor:
     """Arg-max ids; where their text may not be used, the usable string one swap away that is preferred most.
 
     Args:

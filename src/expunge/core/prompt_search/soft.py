@@ -11,8 +11,9 @@ from collections.abc import Iterator
 
 import torch
 
-from .common import Problem, Search, nearest_tokens
+from .common import Problem, nearest_tokens
 from .rule import Rule
+from .search import Search
 
 __all__ = ["Soft"]
 
@@ -49,7 +50,11 @@ class Soft(Rule):
             loss, slope = search.descend(before.to(table.dtype), item)
             nearest = nearest_tokens(before.to(table.dtype), table, allowed).cpu()
             if self.keep == "last":
-                search.ids[item], search.vectors[item], search.loss[item] = nearest, before.to(table.dtype), loss.cpu()
+                search.ids[item], search.vectors[item], search.loss[item] = (
+                    nearest,
+                    before.to(table.dtype),
+                    loss.cpu(),
+                )
             else:
                 search.offer(nearest, loss, item, before.to(table.dtype))
             search.current[item] = nearest

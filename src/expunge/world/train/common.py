@@ -204,7 +204,8 @@ class Training:
             signal.signal(signal.SIGTERM, self._stop)
         self.model.train()
         began = saved = time.monotonic()
-        first, sums, seen = self.step, {}, 0
+        sums: dict[str, float] = {}
+        first, seen = self.step, 0
         while self.step < options.steps and not self.stopping:
             rate = learning_rate(self.step, options.steps, options.lr, self.warmup, self.decay)
             for group in self.optimiser.param_groups:
