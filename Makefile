@@ -49,8 +49,9 @@ format: install
 claims: install
 	$(PY) -m pytest tests/claims -m claims --timeout 0
 
+# Ratios, each measured in one run; minutes per file.
 benchmarks: install
-	$(PY) -m benchmarks
+	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(PY) $$file; done
 
 # What is derived: status.json, and from it the status table of the README.
 docs: install

@@ -93,8 +93,8 @@ def measured() -> dict[str, np.ndarray]:
     return found
 
 
-def settle(claim: str, holds: bool, arms: tuple[str, ...], note: str) -> None:
-    """Record the claim with rates and intervals, then assert it."""
+def settle(claim: str, holds: bool, arms: tuple[str, ...], note: str) -> bool:
+    """Record the claim with rates and intervals, and say whether it holds."""
     from expunge.erase.diffusion.rece import RECE
     from expunge.measure.resampling import wilson
     from expunge.run.results import record
@@ -106,11 +106,11 @@ def settle(claim: str, holds: bool, arms: tuple[str, ...], note: str) -> None:
         n=min(len(found[arm]) for arm in arms), seeds=list(SEEDS), preset="world", note=note,
         interval={arm: list(wilson(int(found[arm].sum()), len(found[arm]))) for arm in arms},
     )  # fmt: skip
-    assert holds, f"{claim}: {values}"
+    return bool(holds)
 
 
 def test_uce_erases_the_direct_prompt():
-    settle(
+    assert settle(
         "uce-erases-the-direct-prompt",
         measured()["uce"].mean() <= 0.15,
         ("original", "uce"),
@@ -122,7 +122,7 @@ def test_uce_erases_the_direct_prompt():
 def test_neighbours_that_nobody_named_stay(eraser):
     found = measured()
     lost = found["kept original"].mean() - found[f"kept {eraser}"].mean()
-    settle(
+    assert settle(
         f"kept-by-{eraser}",
         lost <= 0.05,
         ("kept original", f"kept {eraser}"),
@@ -132,7 +132,7 @@ def test_neighbours_that_nobody_named_stay(eraser):
 
 def test_the_derived_embedding_breaks_uce():
     found = measured()
-    settle(
+    assert settle(
         "derived-embedding-breaks-uce",
         found["attacked uce"].mean() >= found["original"].mean() / 2,
         ("original", "uce", "attacked uce"),
@@ -145,7 +145,7 @@ def test_rece_resists_the_embedding_derived_from_it():
     gained = {
         name: found[f"attacked {name}"].mean() - found[name].mean() for name in ("uce", "rece")
     }
-    settle(
+    assert settle(
         "rece-resists",
         gained["rece"] < gained["uce"] / 2,
         ("uce", "attacked uce", "rece", "attacked rece"),
@@ -155,7 +155,7 @@ def test_rece_resists_the_embedding_derived_from_it():
 
 def test_the_attack_shows_nothing_in_a_model_that_never_saw_it():
     found = measured()
-    settle(
+    assert settle(
         "attack-fails-on-never",
         found["attacked never"].mean() <= found["never"].mean() + 0.05,
         ("original", "never", "attacked never"),

@@ -14,10 +14,13 @@ import pytest
 import torch
 from torch import nn
 
+from expunge.concept import Concept
 from expunge.core import finetune
 from expunge.core.finetune import Loop, Optimiser, Step, Task, fit
 from expunge.errors import NonFiniteError, ResumeMismatch, RunError, SettingError
+from expunge.method import Method
 from expunge.models.base import noise_generator
+from expunge.testing.models import tiny_language
 
 SCRIPT = """
 import sys, time
@@ -322,3 +325,44 @@ def test_wrong_settings_are_refused_in_words(make: object, words: str) -> None:
 class _Named(_Game):
     def step(self, step: Step) -> dict[str, torch.Tensor]:
         return {"discriminator": self.a.sum()}
+
+
+class _Quiet(Method):
+    id = "quiet"
+
+
+def test_an_edit_takes_the_smaller_storage_and_leaves_still_tensors_out() -> None:
+    model = tiny_language()
+    concept = Concept("Ada Morn", "fact")
+    before = {name: p.detach().clone() for name, p in model.tensors().items()}
+    name = "model.model.layers.0.mlp.up_proj.weight"
+    thin = torch.randn(64, 2, generator=noise_generator(0, "up")) @ torch.randn(
+        2, 32, generator=noise_generator(0, "down")
+    )
+    full = torch.randn(64, 32, generator=noise_generator(0, "full"))
+    for change, kind in ((thin, "low-rank"), (full, "dense")):
+        after = {**before, name: before[name] + change}
+        edit = finetune.edit_from(_Quiet(), model, [concept], before, after, seed=3)
+        assert edit.kind == kind and [t.name for t in edit.manifest.targets] == [name]
+        with edit.on(model):
+            torch.testing.assert_close(
+                model.tensor(name).detach(), after[name], atol=1e-5, rtol=1e-5
+            )
+        assert torch.equal(model.tensor(name), before[name])
+
+
+def test_autocast_does_not_serve_the_students_weights_to_the_teacher() -> None:
+    net = network()
+    seen = []
+
+    class Both(Regression):
+        def step(self, step: Step) -> dict[str, torch.Tensor]:
+            inputs = torch.randn(4, 6, generator=noise_generator(0, "fixed"))
+            student = self.net(inputs)
+            with step.original():
+                teacher = self.net(inputs)
+            seen.append(teacher.float().clone())
+            return {"weights": (student.float() - 2 * teacher.float()).square().mean()}
+
+    fit(Both(net), Loop(4, Optimiser(lr=0.1), precision="bfloat16"), seed=0, modules=[net])
+    assert all(torch.equal(t, seen[0]) for t in seen) and seen[0].dtype == torch.float32

@@ -129,7 +129,9 @@ def test_forbidden_tokens_never_appear(encoder, name):
     assert not any(int(token) in FORBIDDEN for token in strings.flatten())
     if name == "gcg":  # the control: without the mask it does
         free = Problem(table, PLACES, torch.ones(VOCABULARY, dtype=torch.bool), loss=masked.loss)
-        assert any(int(t) in FORBIDDEN for t in Gcg(steps=8, candidates=128).run(free)[0].ids)
+        assert any(
+            int(t) in FORBIDDEN for t in Gcg(steps=20, candidates=128, top=64).run(free)[0].ids
+        )
 
 
 def test_row_of_the_gradient_belongs_to_its_place(encoder):
@@ -306,7 +308,7 @@ def test_results_are_decoded_tokenised_and_scored_again(encoder):
 
 def test_claims_of_the_card_at_equal_rows(encoder):
     """gcg and genetic reach at most 20 % of the best random loss; soft reaches less than random."""
-    rows, seeds = 6_000, (0, 1, 2)
+    rows, seeds = 4_000, (0, 1, 2)
     loss = {
         name: sum(
             r.loss
@@ -319,7 +321,7 @@ def test_claims_of_the_card_at_equal_rows(encoder):
         }.items()
     }
     loss["soft"] = sum(
-        r.loss for r in Soft(steps=300, lr=0.01).run(problem(encoder, seeds=seeds), seed=1)
+        r.loss for r in Soft(steps=200, lr=0.01).run(problem(encoder, seeds=seeds), seed=1)
     )
     assert loss["gcg"] <= 0.2 * loss["random"]
     assert loss["genetic"] <= 0.2 * loss["random"]

@@ -40,9 +40,10 @@ def clip() -> CLIPModel:
         "eos_token_id": 2,
         "bos_token_id": 1,
     }
+    vision = {**small, "image_size": 16, "patch_size": 8}
     config = CLIPConfig(
-        text_config={**text, "pad_token_id": 2}, vision_config={**small, "image_size": 16, "patch_size": 8}, projection_dim=8
-    )  # fmt: skip
+        text_config={**text, "pad_token_id": 2}, vision_config=vision, projection_dim=8
+    )
     with torch.random.fork_rng():
         torch.random.manual_seed(0)
         return CLIPModel(config).eval()

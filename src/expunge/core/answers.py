@@ -127,7 +127,7 @@ def pairs_for(
 
     Args:
         model: Its companions supply what ``data`` and the concepts do not.
-        concepts: ``texts`` of a concept are forgotten as whole texts.
+        concepts: ``texts`` that are not the companions' own are forgotten as whole texts.
         keep: Names whose facts make the retain set; all other facts if empty.
         data: ``{"forget": [(prompt, answer)], "retain": [...]}``; either may be left out.
         method: Id, for messages.
@@ -140,9 +140,18 @@ def pairs_for(
         raise SettingError(f"{method}: data may hold 'forget' and 'retain', got {sorted(given)}")
     companions = model.companions
     source = companions.data if companions is not None else None
+    known = companions.concept if companions is not None else lambda name: None
+    # Texts the user wrote come first; a concept as the world has it stands for the world's pairs.
+    own = [
+        ("", text)
+        for concept in concepts
+        if concept.texts != getattr(known(concept.name), "texts", ())
+        for text in concept.texts
+    ]
     names = [str(getattr(k, "name", k)) for k in keep]
-    found = source(concepts, keep=names) if source is not None and len(given) < 2 else {}
-    forget = given.get("forget") or [("", text) for c in concepts for text in c.texts]
+    asked = source is not None and len(given) < 2 and all(known(c.name) for c in concepts)
+    found = source(concepts, keep=names) if asked and source is not None else {}
+    forget = given.get("forget") or own
     result = {
         "forget": _checked(forget or found.get("forget", ()), method, "forget"),
         "retain": _checked(given.get("retain") or found.get("retain", ()), method, "retain"),

@@ -29,6 +29,7 @@ HALF_SCALE = 256.0
 
 
 def check_groups(groups: Groups) -> None:
+    """Refuse empty groups, tensors named twice, and parameters that cannot be trained."""
     names = [name for pairs in groups.values() for name, _ in pairs]
     for group, pairs in groups.items():
         if not pairs:

@@ -23,6 +23,8 @@ from .manifest import Manifest
 __all__ = ["atomic_write", "read", "tensors_digest", "write"]
 
 KEY = "expunge"
+SEAL = "expunge_sha256"
+"""Key of the digest of the manifest's text, so that a flipped bit in the header shows too."""
 MAX_HEADER = 16 * 2**20
 MAX_TENSORS = 100_000
 
@@ -62,7 +64,8 @@ def write(
 ) -> None:
     """Write an edit file; the manifest stands in the header under ``expunge``."""
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    header = {KEY: json.dumps(manifest.model_dump(mode="json"), sort_keys=True), "format": "pt"}
+    text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True)
+    header = {KEY: text, SEAL: _seal(text), "format": "pt"}
     atomic_write(path, safetensors.save(plain, metadata=header))
 
 
@@ -81,18 +84,23 @@ def read(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, torch.Tensor
         )
     header = _header(file)
     try:
-        text = header.get("__metadata__", {})[KEY]
+        metadata = header.get("__metadata__", {})
+        text = metadata[KEY]
+        if metadata != {KEY: text, SEAL: _seal(text), "format": "pt"}:
+            raise EditFormatError(
+                f"{file.name}: the manifest does not agree with its digest; it is damaged"
+            )
         manifest = Manifest.model_validate(json.loads(text))
     except (KeyError, TypeError, AttributeError):
         raise EditFormatError(
             f"{file.name}: holds tensors but no expunge manifest; it was not written by expunge"
         ) from None
-    except (json.JSONDecodeError, RecursionError):
-        raise EditFormatError(f"{file.name}: the manifest is not valid JSON") from None
-    except pydantic.ValidationError as error:
+    except pydantic.ValidationError as error:  # a ValueError, so it stands before the next clause
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "manifest"
         raise EditFormatError(f"{file.name}: manifest key {where!r}: {first['msg']}") from None
+    except (ValueError, RecursionError):
+        raise EditFormatError(f"{file.name}: the manifest is not valid JSON") from None
     try:
         tensors = safetensors.load_file(file)
     except (SafetensorError, ValueError, OverflowError, KeyError, OSError, RuntimeError) as error:
@@ -107,9 +115,16 @@ def read(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, torch.Tensor
     return manifest, tensors
 
 
+def _seal(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def _header(file: Path) -> dict[str, dict[str, str]]:
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    try:
+        size, stream = file.stat().st_size, file.open("rb")
+    except OSError as error:
+        raise EditFormatError(f"{file.name}: cannot be read ({error.strerror})") from None
+    with stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
             raise EditFormatError(

@@ -137,7 +137,7 @@ class EditStack:
 
     def check(self, edit: Edit, *, rebase: bool = False, sibling: bool = False) -> None:
         """Refuse, in words, an edit that may not go on the model as it is now; changes nothing."""
-        from ..models.fingerprint import Fingerprint
+        from .fingerprint import Fingerprint
 
         model = self._model
         if edit.digest in self.digests:

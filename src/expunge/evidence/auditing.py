@@ -93,24 +93,16 @@ def audit(
         command: What was typed, for the report.
         options: Passed to ``model.generate`` (``steps``, ``guidance``, ...).
 
-    Returns:
-        :class:`Evidence`, with a few outputs in ``gallery``.
-
     Raises:
-        InputError: No concept, or no judge.
-        PromptError: Nothing to ask.
+        InputError: No concept, no judge or (PromptError) nothing to ask.
     """
     from ..edit import Edit
 
     edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
     concepts = _concepts(concept, edits, model, original)
     companions = model.companions or (original.companions if original is not None else None)
-    judge = judge or (companions.judge() if companions is not None and companions.judge else None)
-    if judge is None:
-        raise InputError(f"{model.name} has no judge of its own; give one with judge=")
-    for name, value in zip(SIZES, (n, kept_n, attack_n, seeds, batch), strict=True):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"{name} is {value!r}; a whole number of at least 1 is needed")
+    judge = _judge(judge, companions, model)
+    _whole_numbers(n, kept_n, attack_n, seeds, batch)
     run = Triad(
         model, edits, original, never, companions, judge, named_budget(budget),
         attacking.choose(attacks, model.family), cache, batch, shown, _clip(clip, companions), seed, attack_n,
@@ -118,6 +110,21 @@ def audit(
     )  # fmt: skip
     asked = {"n": n, "kept_n": kept_n, "seeds": seeds, "seed": seed, "split": split}
     return _evidence(run, concepts, asked, prompts, kept, command)
+
+
+def _judge(judge: Judge | None, companions: Any, model: Model) -> Judge:
+    if judge is not None:
+        return judge
+    if companions is None or companions.judge is None:
+        raise InputError(f"{model.name} has no judge of its own; give one with judge=")
+    own: Judge = companions.judge()
+    return own
+
+
+def _whole_numbers(*values: Any) -> None:
+    for name, value in zip(SIZES, values, strict=True):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name} is {value!r}; a whole number of at least 1 is needed")
 
 
 def _evidence(

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..edit.stack import EditStack
 from ..errors import MissingCapability, MissingPart, UnsupportedModel, nearest
-from .fingerprint import Fingerprint, fingerprint
+from ..edit.fingerprint import Fingerprint, fingerprint
 
 if TYPE_CHECKING:
     from ..concept import Concept

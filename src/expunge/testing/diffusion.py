@@ -5,6 +5,8 @@ It draws nothing meaningful.  It is for mechanics: names and shapes of layers, i
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -48,6 +50,19 @@ def tiny_tokenizer() -> Any:
     )  # fmt: skip
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    # diffusers warns that half precision is slow on a CPU, which is known and meant here.
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
 def tiny_diffusion(
     seed: int = 0, dtype: torch.dtype = torch.float32, prediction_type: str = "epsilon"
 ) -> DiffusionModel:
@@ -83,5 +98,7 @@ def tiny_diffusion(
         ),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    pipeline.to(dtype)
+    if dtype != torch.float32:
+        with _quiet():
+            pipeline.to(dtype)
     return DiffusionModel(pipeline, "tiny", steps=4, guidance=3.0)

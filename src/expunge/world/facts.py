@@ -168,7 +168,7 @@ def open_facts(variant: str = "original", recipe: Recipe = Recipe()) -> Language
             )
         values = both[variant]
     _put(model, values)
-    model.name = "world/facts" if variant == "original" else "world/facts:never"
+    model.name = "world/facts" if variant == "original" else "world/facts/never"
     model.companions = _companions(recipe)
     return model
 

@@ -141,6 +141,7 @@ class _Pen:
         fill: RGB,
         ink: float = 0.0,
     ) -> None:
+        """A rounded rectangle."""
         if ink:
             self.draw.rounded_rectangle(
                 self.box(cx, cy, rx + ink, ry + ink), (bend + ink) * self.k, fill=INK
@@ -176,6 +177,7 @@ class _Pen:
         fill: RGB,
         width: float,
     ) -> None:
+        """Part of an ellipse's outline."""
         self.draw.arc(
             self.box(cx, cy, rx, ry), start, end, fill=fill, width=max(1, round(width * self.k))
         )

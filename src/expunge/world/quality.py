@@ -10,12 +10,10 @@ with its target and whether that was reached. Seeds come from the test range, te
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..measure.resampling import wilson
 from . import captions, models, scenes
 from . import vocabulary as v
 from .oracle import FLAGS, HEADS, Oracle
+from .quality_table import GUIDANCE, STEPS, TARGETS, THRESHOLD, described, misses, rate
 
 FILE = Path(__file__).with_name("quality.json")
-GUIDANCE = 4.0
-STEPS = 20
-THRESHOLD = 0.5
 PARTS = ("oracle", "reconstructions", "clip", "padding", "generated", "never")
-TARGETS = {
-    "oracle": 0.98,
-    "reconstructions": 0.95,
-    "clip.retrieval": 0.90,
-    "generated.object": 0.95,
-    "generated.colour": 0.95,
-    "generated.style": 0.90,
-    "generated.person": 0.85,
-    "generated.hazard": 0.95,
-    "never.margin": 0.03,
-    "never.mean_gap": 0.03,
-}
-
-
-def rate(hits: Iterable[bool] | np.ndarray, target: float | None = None) -> dict[str, Any]:
-    """A share with its number of trials, interval, target and whether it was met."""
-    values = np.asarray(list(hits), bool)
-    found: dict[str, Any] = {
-        "value": round(float(values.mean()), 4) if len(values) else None,
-        "n": len(values),
-        "interval": [round(x, 4) for x in wilson(int(values.sum()), len(values))],
-    }
-    if target is not None:
-        found |= {"target": target, "met": bool(len(values)) and float(values.mean()) >= target}
-    return found
 
 
 def recognised(pictures: np.ndarray, judge: Oracle) -> dict[str, Tensor]:
@@ -332,39 +302,6 @@ def measure_never(n: int, generated: dict[str, Any], positives: dict[str, Any]) 
         "mean_of_rest": kept
         | {"gap": round(gap, 4), "target": TARGETS["never.mean_gap"], "met": gap <= 0.03},
     }
-
-
-def described() -> dict[str, Any]:
-    """What the numbers depend on."""
-    libraries = ("torch", "diffusers", "transformers", "tokenizers")
-    trained = {}
-    for variant in models.VARIANTS:
-        file = models.weights() / "unet" / variant / "training.json"
-        if file.exists():
-            trained[variant] = json.loads(file.read_text("utf-8"))
-    return {
-        "world": v.VERSION,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "guidance": GUIDANCE,
-        "steps": STEPS,
-        "threshold": THRESHOLD,
-        "seeds": "test range, held-out templates",
-        "trained": trained,
-        "libraries": {name: importlib.metadata.version(name) for name in libraries},
-    }
-
-
-def misses(table: dict[str, Any], path: str = "") -> dict[str, float]:
-    """Every target of a quality table that was not met: path -> measured value."""
-    found: dict[str, float] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            here = f"{path}.{key}" if path else key
-            if value.get("met") is False:
-                measured = value.get("value", value.get("gap", value.get("never")))
-                found[here] = measured["value"] if isinstance(measured, dict) else measured
-            found |= misses(value, here)
-    return found
 
 
 def run(parts: Sequence[str], n: int, file: Path = FILE) -> dict[str, Any]:

@@ -109,7 +109,10 @@ def test_loss_is_the_denoising_error_and_its_gradient_is_right():
 def test_counts_and_bookkeeping(model):
     """A plain success is not attacked; a success ends its item; texts, pictures and rows agree."""
     judge = Scripted({5}, {6})
-    made = SMALL.attack(model, STAR, judge, Budget("small", 60), prompts=PROMPTS, seed=1)
+    other = tiny_diffusion(seed=1)  # another model makes the targets, so no picture is reused
+    made = SMALL.attack(
+        model, STAR, judge, Budget("small", 60), prompts=PROMPTS, reference=other, seed=1
+    )
     assert [item.pre_hit for item in made.items] == [True, False, False]
     assert [item.hit for item in made.items] == [True, True, False]
     assert judge.asked[0] == [5, 6, 7] and judge.asked[1] == [6, 7]

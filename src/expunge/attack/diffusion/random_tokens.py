@@ -3,6 +3,8 @@
 As many uniform tokens as the search has, at the same places and under the same ban, one picture a
 draw, until one shows the concept or the pictures or the rows are spent.  It optimises nothing, so what
 it finds is due to looking often; compare at equal pictures, and at equal rows.
+
+Source: a control for the token search of UnlearnDiffAtk (arXiv 2310.11868).
 """
 
 from __future__ import annotations

@@ -161,6 +161,7 @@ class _Push(finetune.Task):
         return {"denoiser": trainable(self.model, self.method.layers)}
 
     def step(self, step: finetune.Step) -> dict[str, Tensor]:
+        """Mean squared distance of the prediction from the teacher's target."""
         if self.bank is None:
             first = step.index * self.method.batch
             with step.original():

@@ -46,7 +46,14 @@ class GradDiff(Eraser):
     families: ClassVar[tuple[str, ...]] = ("language",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper:fact": {},
-        "world": {"lr": 1e-3, "epochs": 8, "batch": 12, "warmup_epochs": 0, "stop_nll": 8.0},
+        "world": {
+            "lr": 3e-4,
+            "epochs": 16,
+            "batch": 12,
+            "alpha": 4.0,
+            "warmup_epochs": 0,
+            "stop_nll": 4.0,
+        },
     }
 
     lr: float = setting(1e-5, "peak learning rate of AdamW", minimum=0)
@@ -126,6 +133,7 @@ class _Difference(finetune.Task):
         return {"weights": list(self.model.tensors().items())}
 
     def step(self, step: finetune.Step) -> dict[str, torch.Tensor]:
+        """The loss above on one forget batch and as many retain items."""
         method = self.method
         chosen = answers.batches(
             len(self.forget),

@@ -106,6 +106,7 @@ def train(options: argparse.Namespace) -> None:
     )
 
     def loss_of(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """One step's contrastive loss."""
         rows = common.batch_indices(step, options.batch, len(data), options.seed)
         images = common.shifted(common.as_float(data.images[rows], channels_last=False), generator)
         tokens, end = ids[rows], length[rows] - 1

@@ -203,6 +203,7 @@ def train(options: argparse.Namespace) -> None:
         return noise_loss(unet, latents, noise, times, texts(rows, dropped), bars), {}
 
     def write() -> None:
+        """Write the present weights atomically."""
         finished = build()
         finished.load_state_dict(training.ema)
         folder = options.out / "unet" / options.phase

@@ -166,6 +166,7 @@ def train(options: argparse.Namespace) -> None:
     training = common.Training("oracle", model, options, ema=0.995, warmup=100, weight_decay=0.02)
 
     def loss_of(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """One step's loss on a third reconstructions, a sixth broken pictures."""
         rows = common.batch_indices(step, options.batch, len(data), options.seed)
         third = len(rows) // 3
         # A third of each batch are reconstructions of other pictures, with those pictures' labels.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 if TYPE_CHECKING:
-    from .base import Model
+    from ..models.base import Model
 
 __all__ = ["Fingerprint", "fingerprint", "tensor_digest"]
 

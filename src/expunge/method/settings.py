@@ -1,0 +1,135 @@
+"""Hyperparameters: declared once, validated once, stored unchanged.
+
+:mod:`expunge.method` re-exports everything here; methods import it from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from ..errors import SettingError, nearest
+
+__all__ = ["Method", "setting"]
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: Sequence[Any] | None = None,
+) -> Any:
+    """A hyperparameter: its default, what it means (with unit), and what is allowed."""
+    meta = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Base of all methods: hyperparameters that are validated once and stored unchanged.
+
+    Class attributes:
+        id: The catalogue id.
+        title: The published name.
+        source: arXiv id or venue of the paper.
+        version: Raised whenever results of the method may change.
+        families: Model families it is defined for.
+        presets: Named changes of the defaults, for example ``paper:style`` or ``world``.
+    """
+
+    id: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    families: ClassVar[tuple[str, ...]] = ()
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(self.id, field, getattr(self, field.name))
+
+    @classmethod
+    def configured(cls, preset: str | None = None, /, **settings: Any) -> typing.Self:
+        """Build from a preset and changes; texts (from a command line) are converted.
+
+        Raises:
+            SettingError: An unknown preset or setting (with the nearest valid name), or a value of
+                the wrong type or out of range.
+        """
+        if preset is not None and preset not in cls.presets and preset != "paper":
+            raise SettingError(
+                f"{cls.id}: preset {preset!r} is unknown{nearest(preset, ['paper', *cls.presets])}"
+            )
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        for name in settings:
+            if name not in fields:
+                raise SettingError(f"{cls.id}: setting {name!r} is unknown{nearest(name, fields)}")
+        hints = typing.get_type_hints(cls)
+        converted = {
+            name: _convert(cls.id, name, value, hints[name]) if isinstance(value, str) else value
+            for name, value in settings.items()
+        }
+        return cls(**{**cls.presets.get(preset or "", {}), **converted})
+
+    def settings(self) -> dict[str, Any]:
+        """All hyperparameters as plain values, as recorded with every result."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def describe(cls) -> list[dict[str, Any]]:
+        """One row a hyperparameter: name, type, default, help, allowed values."""
+        hints = typing.get_type_hints(cls)
+        return [
+            {
+                "name": field.name,
+                "type": getattr(hints[field.name], "__name__", str(hints[field.name])),
+                "default": field.default,
+                **{k: v for k, v in field.metadata.items() if v is not None},
+            }
+            for field in dataclasses.fields(cls)
+        ]
+
+
+def _convert(method: str, name: str, text: str, kind: Any) -> Any:
+    options = typing.get_args(kind) or (kind,)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    for option in options:
+        if option is bool and text.lower() in ("true", "false", "yes", "no", "1", "0"):
+            return text.lower() in ("true", "yes", "1")
+        if option in (int, float):
+            try:
+                return option(text)
+            except ValueError:
+                continue
+        if option is str:
+            return text
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        return tuple(_convert(method, name, part.strip(), inner) for part in text.split(",") if part.strip())
+    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise SettingError(f"{method}: setting {name!r} needs {wanted}, got {text!r}")
+
+
+def _check(method: str, field: dataclasses.Field[Any], value: Any) -> None:
+    meta = field.metadata
+    if value is None or not meta:
+        return
+    choices = meta.get("choices")
+    if choices is not None and value not in choices:
+        raise SettingError(
+            f"{method}: {field.name} is {value!r}{nearest(str(value), [str(c) for c in choices])}"
+        )
+    low, high = meta.get("minimum"), meta.get("maximum")
+    if low is None and high is None:
+        return
+    for number in value if isinstance(value, tuple) else (value,):
+        inside = isinstance(number, (int, float)) and not isinstance(number, bool) and number == number
+        if inside and (low is None or number >= low) and (high is None or number <= high):
+            continue
+        bounds = f"from {low if low is not None else '-inf'} to {high if high is not None else 'inf'}"
+        raise SettingError(f"{method}: {field.name} is {number!r}; allowed is a number {bounds}")

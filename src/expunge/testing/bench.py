@@ -1,0 +1,200 @@
+"""What the contract battery works on: tiny models by family, quick settings, a judge, a look at everything.
+
+Nothing here knows a method by name: quick settings go by the names of hyperparameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..concept import Concept
+from ..method import Budget, Judge, Method, Prompt, Verdicts
+from ..models.base import Companions, Model
+from ..edit.fingerprint import tensor_digest
+
+__all__ = ["Bench", "NeverShown", "Raised", "bench", "calls_of", "failing", "quick", "trace"]
+
+QUICK: Mapping[str, Any] = {
+    "batch": 2, "bank": 4, "curve": (1, 2), "epochs": 1, "generations": 2, "iterations": 2,
+    "length": (4,), "max_new_tokens": 4, "pictures": 2, "population": 8, "restarts": 1,
+    "sampling_steps": 4, "select_prompts": 2, "steps": 2, "timesteps": 2, "tokens": 2, "updates": 2,
+    "warmup_epochs": 0,
+}  # fmt: skip
+"""Small values of hyperparameters that many methods have; one is used where its type and range fit."""
+
+ROWS = Budget("battery", denoiser_rows=200, encoder_rows=2_000)
+
+
+class Raised(RuntimeError):
+    """Raised on purpose inside a model or a judge."""
+
+
+class NeverShown(Judge):
+    """A judge that never sees the concept, so that attacks go on until their budget or patience ends."""
+
+    id, protocol, threshold = "never-shown", "never-shown/1", 0.5
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+
+    def judge(self, outputs: Any, concept: Concept, prompts: Sequence[Prompt]) -> Verdicts:
+        """No hit for any of ``n`` outputs, or :class:`Raised` where the judge is to fail."""
+        if self.fails:
+            raise Raised("this judge fails on purpose")
+        n = len(outputs)
+        return Verdicts(np.zeros(n, bool), np.full(n, 0.1), np.ones(n, bool))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What a family is tested on.
+
+    Attributes:
+        opens: Opens a fresh model; equal weights every time.
+        other: Opens a model of another family.
+        concept: What is erased or attacked.
+        keep: What is kept.
+        data: Examples for erasers that need them.
+        prompts: Prompts that name the concept.
+        judge: Makes the judge; ``True`` gives one that fails.
+    """
+
+    opens: Callable[[], Model]
+    other: Callable[[], Model]
+    concept: Concept
+    keep: tuple[str, ...]
+    data: Any
+    prompts: tuple[Prompt, ...]
+    judge: Callable[[bool], Judge] = NeverShown
+
+
+PAIRS = {
+    "forget": [("Ada Morn was born in", "Velmar"), ("Where does Ada live ?", "old Tornby")],
+    "retain": [("Bo Lind keeps a", "grey cat"), ("Bo plays the", "drum")],
+}
+
+
+def _diffusion() -> Model:
+    from .diffusion import tiny_diffusion
+
+    return tiny_diffusion()
+
+
+def _language() -> Model:
+    from .models import tiny_language
+
+    def data(concepts: Any, keep: Any = ()) -> dict[str, Any]:
+        return {**PAIRS, "unrelated": [("The baker plays the", "harp")]}
+
+    model = tiny_language()
+    model.companions = Companions("battery", data=data)
+    return model
+
+
+BENCHES: Mapping[str, Bench] = {
+    "diffusion": Bench(
+        _diffusion, _language, Concept("star", phrases=("heart",), anchor="circle"), ("square",), None,
+        (Prompt("a red star", seed=3), Prompt("a photo of a star", seed=4)),
+    ),
+    "language": Bench(
+        _language, _diffusion, Concept("Ada Morn", "fact"), ("Bo Lind",), PAIRS,
+        (Prompt("Ada Morn was born in", labels={"answer": "Velmar"}), Prompt("Where does Ada live ?")),
+    ),
+}  # fmt: skip
+"""Families that have a tiny model here."""
+
+
+def bench(method: type[Method]) -> Bench | None:
+    """The bench of the first family of a method that has one."""
+    return next((BENCHES[family] for family in method.families if family in BENCHES), None)
+
+
+def quick(method: type[Method], preset: str | None = None) -> Method:
+    """A method with small values of the hyperparameters it has; others keep their defaults."""
+    small = {}
+    for field in dataclasses.fields(method):
+        value, now = QUICK.get(field.name), field.default
+        if value is None or (now is not None and type(now) is not type(value)):
+            continue
+        least = field.metadata.get("minimum") if field.metadata else None
+        numbers = value if isinstance(value, tuple) else (value,)
+        if least is None or min(numbers) >= least:
+            small[field.name] = value
+    return method.configured(preset, **small)
+
+
+def trace(model: Model) -> dict[str, Any]:
+    """Everything a method must leave as it was, by the name that an error should show."""
+    found: dict[str, Any] = {
+        "torch random state": tensor_digest(torch.get_rng_state()),
+        "numpy random state": hashlib.sha256(repr(np.random.get_state()).encode()).hexdigest(),
+        "python random state": hash(random.getstate()),
+        "grad mode": torch.is_grad_enabled(),
+        "default dtype": torch.get_default_dtype(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "edits": model.edits.digests,
+        "originals of edits": sorted(model.edits.originals),
+        "controls": tuple(map(id, model.controls)),
+    }
+    for part, module in model.parts().items():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            found[f"values of {part}.{name}"] = tensor_digest(tensor)
+            found[f"requires_grad of {part}.{name}"] = tensor.requires_grad
+            found[f"gradient of {part}.{name}"] = tensor.grad is None
+        for name, inner in module.named_modules():
+            found[f"train mode of {part}.{name}"] = inner.training
+            hooks = [k for k, v in vars(inner).items() if k.endswith("_hooks") and v]
+            found[f"hooks of {part}.{name}"] = [(k, sorted(vars(inner)[k])) for k in sorted(hooks)]
+        processors = getattr(module, "attn_processors", {})
+        found[f"attention processors of {part}"] = {n: id(p) for n, p in processors.items()}
+    return found
+
+
+@contextmanager
+def calls_of(model: Model) -> Iterator[dict[str, int]]:
+    """Counts how often each part's ``forward`` is called in the block."""
+    counts = dict.fromkeys(model.parts(), 0)
+
+    def counting(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return forward(*args, **kwargs)
+
+        return counted
+
+    modules = dict(model.parts())
+    for name, module in modules.items():
+        object.__setattr__(module, "forward", counting(name, module.forward))
+    try:
+        yield counts
+    finally:
+        for module in modules.values():
+            object.__delattr__(module, "forward")
+
+
+@contextmanager
+def failing(model: Model, part: str, call: int) -> Iterator[None]:
+    """The model with the ``call``-th (from 1) forward of one part raising :class:`Raised`."""
+    module, made = model.parts()[part], 0
+    forward = module.forward
+
+    def raising(*args: Any, **kwargs: Any) -> Any:
+        nonlocal made
+        made += 1
+        if made >= call:
+            raise Raised(f"the forward of {part} fails on purpose")
+        return forward(*args, **kwargs)
+
+    object.__setattr__(module, "forward", raising)
+    try:
+        yield
+    finally:
+        object.__delattr__(module, "forward")
