@@ -6,6 +6,8 @@ sizes were chosen on one forgotten person (development); the claims run on the o
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ from expunge.attack.language.relearning import Relearning
 from expunge.core.answers import AnswerJudge
 from expunge.edit import Edit
 from expunge.erase.language.graddiff import GradDiff
-from expunge.method import BUDGETS, Prompt
+from expunge.method import BUDGETS, Attempts, Prompt
 from expunge.models.language import LanguageModel
 from expunge.run import results
 from expunge.world import facts as world
@@ -61,11 +63,14 @@ def edits(original: LanguageModel) -> dict[tuple[str, int], Edit]:
     }
 
 
-def interval(values: list[np.ndarray]) -> list[float]:
-    """95 % bootstrap interval of the mean over questions."""
-    answers = np.concatenate([v.reshape(-1) for v in values]).astype(float)
+def interval(values: dict[tuple[str, int], np.ndarray]) -> list[float]:
+    """95 % bootstrap interval of the mean; the unit is a question, averaged over seeds."""
+    names = dict.fromkeys(name for name, _ in values)
+    units = np.concatenate(
+        [np.mean([values[name, seed] for seed in SEEDS], axis=0, dtype=float) for name in names]
+    )
     draw = np.random.default_rng(0)
-    means = [draw.choice(answers, len(answers)).mean() for _ in range(2000)]
+    means = [draw.choice(units, len(units)).mean() for _ in range(2000)]
     return [round(float(q), 4) for q in np.quantile(means, [0.025, 0.975])]
 
 
@@ -92,19 +97,19 @@ def test_forgets_a_person_and_keeps_the_others(
     judge: AnswerJudge,
     edits: dict[tuple[str, int], Edit],
 ) -> None:
-    erased, kept, towns = [], [], []
-    for (name, _), edit in edits.items():
+    erased, kept, towns = {}, {}, {}
+    for key, edit in edits.items():
         with edit.on(original):
-            erased.append(hits(original, judge, [name]))
-            kept.append(hits(original, judge, OTHERS))
-            towns.append(hits(original, judge, world.TOWNS))
+            erased[key] = hits(original, judge, [key[0]])
+            kept[key] = hits(original, judge, OTHERS)
+            towns[key] = hits(original, judge, world.TOWNS)
     values = {
         "original forgotten": float(hits(original, judge, TEST).mean()),
-        "erased forgotten": float(np.mean(erased)),
+        "erased forgotten": float(np.mean(list(erased.values()))),
         "original others": float(hits(original, judge, OTHERS).mean()),
-        "erased others": float(np.mean(kept)),
+        "erased others": float(np.mean(list(kept.values()))),
         "original towns": float(hits(original, judge, world.TOWNS).mean()),
-        "erased towns": float(np.mean(towns)),
+        "erased towns": float(np.mean(list(towns.values()))),
     }
     holds = (
         values["erased forgotten"] <= 0.25
@@ -112,28 +117,45 @@ def test_forgets_a_person_and_keeps_the_others(
     )
     results.record(
         "forgets-a-person-and-keeps-the-others", "graddiff", GradDiff.version, values, holds,
-        sum(map(len, erased)), list(SEEDS), preset="world",
+        sum(map(len, erased.values())), list(SEEDS), preset="world",
         interval={"erased forgotten": interval(erased), "erased others": interval(kept)},
     )  # fmt: skip
     assert holds, values
 
 
-def test_ascent_alone_destroys_what_the_retain_term_keeps(
-    original: LanguageModel, judge: AnswerJudge, edits: dict[tuple[str, int], Edit]
+@pytest.mark.parametrize(
+    ("claim", "changes", "note"),
+    [
+        (
+            "retain-term-beats-ascent-by-15-points",
+            {"stop_nll": None},
+            "with the preset's gentle steps a person is forgotten before ascent alone has harmed the "
+            "others, so the retain term has little to save; see the claim about going on",
+        ),
+        (
+            "retain-term-beats-ascent-by-15-points-when-training-goes-on",
+            {"stop_nll": None, "lr": 1e-3, "epochs": 32},
+            "",
+        ),
+    ],
+)
+def test_ascent_alone_harms_what_the_retain_term_keeps(
+    original: LanguageModel, judge: AnswerJudge, claim: str, changes: dict[str, Any], note: str
 ) -> None:
-    name = TEST[0]
-    with edits[name, 0].on(original):
-        with_retain = float(hits(original, judge, OTHERS).mean())
-    ascent = GradDiff.configured("world", alpha=0.0, stop_nll=None).erase(
-        original, world.concept(name), seed=0
-    )
-    with ascent.on(original):
-        alone = float(hits(original, judge, OTHERS).mean())
-    values = {"others, gradient difference": with_retain, "others, ascent alone": alone}
-    holds = with_retain >= alone + 0.15
+    kept: dict[float, dict[tuple[str, int], np.ndarray]] = {0.0: {}, 4.0: {}}
+    for alpha, found in kept.items():
+        for name in TEST:
+            for seed in SEEDS:
+                method = GradDiff.configured("world", alpha=alpha, **changes)
+                with method.erase(original, world.concept(name), seed=seed).on(original):
+                    found[name, seed] = hits(original, judge, OTHERS)
+    names = {4.0: "others, gradient difference", 0.0: "others, ascent alone"}
+    values = {names[alpha]: float(np.mean(list(kept[alpha].values()))) for alpha in names}
+    holds = values[names[4.0]] >= values[names[0.0]] + 0.15
     results.record(
-        "retain-term-beats-ascent-by-15-points", "graddiff", GradDiff.version, values, holds,
-        len(questions(OTHERS)), [0], preset="world",
+        claim, "graddiff", GradDiff.version, values, holds, 2 * 3 * len(questions(OTHERS)),
+        list(SEEDS), preset="world", note="" if holds else note,
+        interval={names[alpha]: interval(kept[alpha]) for alpha in names},
     )  # fmt: skip
     assert holds, values
 
@@ -147,37 +169,43 @@ def test_relearning_brings_back_more_than_it_teaches(
     arm: str,
 ) -> None:
     attack = Relearning.configured("world", data=arm)
-    rates: dict[str, list[float]] = {
-        k: [] for k in ("erased pre", "erased", "never pre", "never", "original")
-    }
+    arms = ("erased pre", "erased", "never pre", "never", "original")
+    shown: dict[str, dict[tuple[str, int], np.ndarray]] = {arm: {} for arm in arms}
     curve: dict[str, list[float]] = {}
     for (name, seed), edit in edits.items():
         asked, concept = questions([name]), world.concept(name)
+
+        def attacked(
+            model: LanguageModel, concept: Any = concept, asked: Any = asked, seed: int = seed
+        ) -> Attempts:
+            return attack.attack(model, concept, judge, BUDGETS["world"], prompts=asked, seed=seed)
+
         with edit.on(original):
-            found = attack.attack(
-                original, concept, judge, BUDGETS["world"], prompts=asked, seed=seed
-            )
-        rates["erased pre"].append(found.pre_rate)
-        rates["erased"].append(found.rate)
-        for steps in found.items[0].details["curve"]:
-            shown = [item.details["curve"][steps] for item in found.items]
-            curve.setdefault(f"erased after {steps} steps", []).append(float(np.mean(shown)))
-        blank = attack.attack(never, concept, judge, BUDGETS["world"], prompts=asked, seed=seed)
-        rates["never pre"].append(blank.pre_rate)
-        rates["never"].append(blank.rate)
-        if seed == 0:
-            full = attack.attack(original, concept, judge, BUDGETS["world"], prompts=asked)
-            rates["original"].append(full.rate)
-    values = {key: float(np.mean(v)) for key, v in {**rates, **curve}.items()}
+            erased = attacked(original)
+        for steps in erased.items[0].details["curve"]:
+            rate = float(np.mean([item.details["curve"][steps] for item in erased.items]))
+            curve.setdefault(f"erased after {steps} steps", []).append(rate)
+        for arm_name, found in (("erased", erased), ("never", attacked(never))):
+            shown[f"{arm_name} pre"][name, seed] = np.array([i.pre_hit for i in found.items])
+            shown[arm_name][name, seed] = np.array([i.hit for i in found.items])
+        shown["original"][name, seed] = np.array([i.hit for i in attacked(original).items])
+    values = {key: float(np.mean(list(v.values()))) for key, v in shown.items()}
+    values |= {key: float(np.mean(v)) for key, v in curve.items()}
     values["recovered"] = (values["erased"] - values["never"]) / (
         values["original"] - values["never"]
     )
-    gained = values["erased"] - values["erased pre"]
-    taught = values["never"] - values["never pre"]
-    holds = gained > taught
+    advantage = {
+        key: 1.0 * shown["erased"][key] - shown["erased pre"][key]
+        - 1.0 * shown["never"][key] + shown["never pre"][key]
+        for key in edits
+    }  # fmt: skip
+    bounds = interval(advantage)
+    values["gained beyond what it taught"] = float(np.mean(list(advantage.values())))
+    holds = bounds[0] > 0
     results.record(
         f"relearning-{arm}-brings-back-more-than-it-teaches", "relearning", Relearning.version,
         values, holds, 18 * len(edits), list(SEEDS), preset="world",
-        note="" if holds else "the erased model gained no more than the model that never knew",
+        interval={"gained beyond what it taught": bounds},
+        note="" if holds else "the gain beyond the model that never knew is not told from zero",
     )  # fmt: skip
     assert holds, values

@@ -95,8 +95,8 @@ def measured() -> dict[str, np.ndarray]:
 
 def settle(claim: str, holds: bool, arms: tuple[str, ...], note: str) -> bool:
     """Record the claim with rates and intervals, and say whether it holds."""
+    from expunge.core.resampling import wilson
     from expunge.erase.diffusion.rece import RECE
-    from expunge.measure.resampling import wilson
     from expunge.run.results import record
 
     found = measured()

@@ -18,7 +18,7 @@ from expunge.measure import (
     perceptual_distance,
     rank,
 )  # fmt: skip
-from expunge.measure.resampling import bootstrap_difference, bootstrap_mean, rate, wilson
+from expunge.core.resampling import bootstrap_difference, bootstrap_mean, rate, wilson
 
 
 def draw(n: int, d: int = 6, shift: float = 0.0, scale: float = 1.0, seed: int = 0) -> np.ndarray:

@@ -108,15 +108,16 @@ def methods(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("#", "id", "verb", "family", "status", "title"):
-        table.add_column(name, no_wrap=True, overflow="ellipsis")
-    for row in (system.to_dict() for system in found):
-        style = None if row["status"] == "works" else "dim"
-        number = "" if row["number"] is None else str(row["number"])
-        table.add_row(
-            number, row["id"], row["verb"], row["family"], row["status"], row["title"], style=style
-        )
+    table = Table(box=None, header_style="bold", pad_edge=False, expand=True)
+    rows = [system.to_dict() | {"#": "" if system.number is None else system.number} for system in found]
+    for name in ("#", "id", "verb", "family", "status"):
+        # Only the title may be cut: an id that is cut cannot be typed.
+        widest = max((len(str(row[name])) for row in rows), default=0)
+        table.add_column(name, no_wrap=True, min_width=widest)
+    table.add_column("title", no_wrap=True, overflow="ellipsis", ratio=1)
+    for row in rows:
+        cells = [str(row[name]) for name in ("#", "id", "verb", "family", "status", "title")]
+        table.add_row(*cells, style=None if row["status"] == "works" else "dim")
     Console().print(table)
 
 

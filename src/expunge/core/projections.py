@@ -8,6 +8,7 @@ that takes a concept's place, and what their edits store and report are the same
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,15 @@ from .token_policy import stream_rows
 if TYPE_CHECKING:
     from ..method import Method
 
-__all__ = ["Projections", "erased_pairs", "guide_of", "kept_texts", "per_layer_edit", "shared_edit"]
+__all__ = [
+    "Projections",
+    "erased_pairs",
+    "guide_of",
+    "kept_texts",
+    "per_layer_edit",
+    "registered_texts",
+    "shared_edit",
+]
 
 STYLE_TEMPLATES = ("painting by {}", "art by {}", "artwork by {}", "picture by {}", "style of {}")
 OBJECT_TEMPLATES = (
@@ -134,6 +143,44 @@ def kept_texts(keep: Sequence[Concept | str], templates: Sequence[str] = ()) -> 
     return list(
         dict.fromkeys(form.replace("{}", name) for name in names for form in ("{}", *templates))
     )
+
+
+def registered_texts(
+    model: Any, concepts: Sequence[Concept], guide: str | None, contexts: int, general: int
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Whole prompts of the world a model comes from: pairs to erase, and general prompts to keep.
+
+    The pairs are development prompts of each concept, its name or phrase exchanged for the guide.  The
+    general prompts are development prompts of the names the world calls unrelated: what a large set of
+    captions is for a real model.  Both are empty for models without a world, or at zero.
+
+    Args:
+        model: The model; its companions are read.
+        concepts, guide: As in :func:`erased_pairs`.
+        contexts: Pairs for each concept.
+        general: General prompts in all.
+    """
+    companions = model.companions
+    make = companions.prompts if companions is not None else None
+    if make is None:
+        return [], []
+    pairs: list[tuple[str, str]] = []
+    for concept in concepts if contexts else ():
+        if companions.concept(concept.name) is None:
+            continue
+        name = re.compile("|".join(rf"\b{re.escape(n)}\b" for n in concept.names), re.IGNORECASE)
+        instead = guide_of(concept, guide)
+        for route in ("name", "phrase") if concept.phrases else ("name",):
+            for prompt in make(concept.name, contexts, seed=0, split="development", route=route):
+                if name.search(prompt.text):
+                    pairs.append((prompt.text, name.sub(instead, prompt.text)))
+    avoid = [n.lower() for c in concepts for n in c.names]
+    names = [n for n in companions.unrelated if n.lower() not in avoid] if general else []
+    texts: list[str] = []
+    for name_ in names:
+        drawn = make(name_, -(-general // len(names)), seed=1, split="development")
+        texts += [p.text for p in drawn if not any(word in p.text.lower() for word in avoid)]
+    return list(dict.fromkeys(pairs)), list(dict.fromkeys(texts))[:general]
 
 
 def _observed(

@@ -66,7 +66,15 @@ def write(
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True)
     header = {KEY: text, SEAL: _seal(text), "format": "pt"}
-    atomic_write(path, safetensors.save(plain, metadata=header))
+    atomic_write(path, _ordered(safetensors.save(plain, metadata=header)))
+
+
+def _ordered(content: bytes) -> bytes:
+    # The library writes metadata keys in a random order; equal edits are to be equal files.
+    length = int.from_bytes(content[:8], "little")
+    text = json.dumps(json.loads(content[8 : 8 + length]), sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
 
 def read(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, torch.Tensor]]:

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import binom
 
 from ..errors import InputError
-from ..measure.resampling import (
+from ..core.resampling import (
     bootstrap_difference,
     bootstrap_mean,
     grouped,

@@ -58,7 +58,7 @@ class ClipScore(Metric):
 
     def compute(self) -> Measurement:
         """The mean over everything taken in; the interval resamples prompts."""
-        from .resampling import bootstrap_mean
+        from ..core.resampling import bootstrap_mean
 
         if not self._values:
             return Measurement(None, self.protocol, 0)

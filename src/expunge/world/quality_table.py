@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..measure.resampling import wilson
+from ..core.resampling import wilson
 from . import models
 from . import vocabulary as v
 

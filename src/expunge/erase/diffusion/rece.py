@@ -40,7 +40,7 @@ import torch
 from ...concept import Concept, as_concepts
 from ...core.closed_form import Moments, Solution
 from ...core.derivation import REGULARISATIONS, Derivation, derive, residuals
-from ...core.projections import Projections, erased_pairs, kept_texts, shared_edit
+from ...core.projections import Projections, erased_pairs, kept_texts, registered_texts, shared_edit
 from ...core.token_policy import POLICIES, accumulate, stream_rows
 from ...edit import Edit
 from ...errors import SettingError
@@ -98,6 +98,12 @@ class RECE(Eraser):
     templates: tuple[str, ...] = setting(
         (), "Further templates with {} for the name, erased and kept alike"
     )
+    context_prompts: int = setting(
+        0, "Whole prompts the model's world has of each concept, erased too", minimum=0
+    )
+    general_prompts: int = setting(
+        0, "Prompts the model's world has of unrelated things, preserved too", minimum=0
+    )
     guide: str | None = setting(
         None, "What takes the place; none: the anchor, else 'art' for styles, else ''"
     )
@@ -133,7 +139,11 @@ class RECE(Eraser):
             expand=self.expand_prompts,
             templates=self.templates,
         )
-        kept = kept_texts(keep, self.templates)
+        more, general = registered_texts(
+            model, listed, self.guide, self.context_prompts, self.general_prompts
+        )
+        pairs = list(dict.fromkeys([*pairs, *more]))
+        kept = list(dict.fromkeys([*kept_texts(keep, self.templates), *general]))
         solutions, rounds = self._rounds(model, projections, listed, pairs, kept)
         chosen, rates = len(solutions) - 1, None
         report: dict[str, Any] = {

@@ -74,6 +74,12 @@ class UCE(Eraser):
     templates: tuple[str, ...] = setting(
         (), "Further templates with {} for the name, erased and kept alike"
     )
+    context_prompts: int = setting(
+        0, "Whole prompts the model's world has of each concept, erased too", minimum=0
+    )
+    general_prompts: int = setting(
+        0, "Prompts the model's world has of unrelated things, preserved too", minimum=0
+    )
     guide: str | None = setting(
         None, "What takes the place; none: the anchor, else 'art' for styles, else ''"
     )
@@ -102,7 +108,11 @@ class UCE(Eraser):
             expand=self.expand_prompts,
             templates=self.templates,
         )
-        kept = kept_texts(keep, self.templates)
+        more, general = registered_texts(
+            model, listed, self.guide, self.context_prompts, self.general_prompts
+        )
+        pairs = list(dict.fromkeys([*pairs, *more]))
+        kept = list(dict.fromkeys([*kept_texts(keep, self.templates), *general]))
         if self.tokens == "last_token_to_end_aligned":
             kept = list(dict.fromkeys(["", *kept]))
         b = self.preserve_weight(len(kept))

@@ -1,6 +1,6 @@
 """Trains the autoencoder: 64 x 64 pictures to 16 x 16 x 4 latents and back.
 
-    python -m expunge.world.train.autoencoder
+    python -m expunge.world.train.autoencoder           # --more goes on from the committed weights
 
 The loss is the absolute error, the absolute error of the picture's differences (edges and fine textures
 carry most of what an observer names), that of the picture averaged over 4 x 4 pixels (thin strokes lose their
@@ -65,6 +65,7 @@ def main() -> None:
     """Train, measure the scaling factor, write the weights."""
     parser = common.arguments(__doc__ or "", steps=2400, batch=32, lr=2e-3)
     parser.add_argument("--pictures", type=int, default=30_000, help="training pictures")
+    parser.add_argument("--more", action="store_true", help="start from the committed weights")
     train(parser.parse_args())
 
 
@@ -73,7 +74,10 @@ def train(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     data = pool(options.cache, "clean-world", options.pictures)
-    model = build().to(memory_format=torch.channels_last)
+    model = build()
+    if options.more:
+        model.load_state_dict(AutoencoderKL.from_pretrained(str(options.out / "vae")).state_dict())
+    model = model.to(memory_format=torch.channels_last)
     training = common.Training(
         "autoencoder", model, options, ema=0.998, warmup=100, weight_decay=0.0
     )

@@ -1,6 +1,6 @@
 """Trains the CLIP whose text tower conditions the diffusion models.
 
-    python -m expunge.world.train.clip
+    python -m expunge.world.train.clip                  # --more goes on from the committed weights
 
 Contrastive loss in both directions with a learned temperature.  Captions that occur twice in a batch are not
 negatives of each other.  In a third of the rows the text is summarised at a random padding position instead
@@ -84,6 +84,7 @@ def main() -> None:
     """Train and write the weights."""
     parser = common.arguments(__doc__ or "", steps=1500, batch=128, lr=1e-3)
     parser.add_argument("--pictures", type=int, default=40_000, help="training pictures")
+    parser.add_argument("--more", action="store_true", help="start from the committed weights")
     train(parser.parse_args())
 
 
@@ -101,6 +102,9 @@ def train(options: argparse.Namespace) -> None:
     )
     ids, length = made.input_ids, made.attention_mask.sum(1)
     model = build(tokenizer)
+    if options.more:
+        stored = CLIPModel.from_pretrained(str(options.out / "clip"), dtype=torch.float32)
+        model.load_state_dict(stored.state_dict())
     training = common.Training(
         "clip", model, options, ema=0.995, warmup=100, weight_decay=0.05, betas=(0.9, 0.98)
     )

@@ -122,8 +122,8 @@ def labels_of(data: Pool, rows: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
 def oracle_loss(
     heads: dict[str, Tensor], flags: Tensor, aims: dict[str, Tensor], truth: Tensor
 ) -> Tensor:
-    """Sum of the heads' cross-entropies and the mean binary cross-entropy of the flags."""
-    loss = 4 * F.binary_cross_entropy_with_logits(flags, truth)
+    """Sum of the cross-entropies of all heads and all flags."""
+    loss = len(FLAGS) * F.binary_cross_entropy_with_logits(flags, truth)
     for name, logits in heads.items():
         loss = loss + F.cross_entropy(logits, aims[name], ignore_index=-1)
     return loss
