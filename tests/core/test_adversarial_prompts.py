@@ -44,6 +44,8 @@ def test_forbidden_tokens(model, forbidden):
     for piece in ("red</w>", "circle</w>", "st", "q"):
         assert forbidden.allowed[token(model, piece)], piece
     assert not forbidden.allowed[model.tokenizer.all_special_ids].any()
+    for index in forbidden.allowed.nonzero().flatten().tolist():
+        assert model.tokenizer.decode([index]).strip().isprintable()
     other = Forbidden(model.tokenizer, Concept("circle"), len(model.token_table()) + 4)
     assert other.allowed[token(model, "star</w>")] and not other.allowed[token(model, "circle</w>")]
     assert not other.allowed[-4:].any()  # rows of the table that no text reaches

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from expunge.edit import Edit, deltas
 from expunge.errors import EditFormatError, UnsupportedModel
 from expunge.testing import tiny_diffusion
+
 from .edits import make
 
 
@@ -44,7 +47,8 @@ def test_convolutions_keep_their_shape(model):
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (4, 3, 3, 3)])
 def test_factors_of_a_matrix_of_known_rank(shape):
     draw = torch.Generator().manual_seed(0)
-    flat = torch.randn(shape[0], 2, generator=draw) @ torch.randn(2, int(torch.tensor(shape[1:]).prod()), generator=draw)
+    width = math.prod(shape[1:])
+    flat = torch.randn(shape[0], 2, generator=draw) @ torch.randn(2, width, generator=draw)
     up, down, error = deltas.low_rank(flat.reshape(shape).double())
     assert up.shape[1] == 2 and error < 1e-5
     torch.testing.assert_close((up @ down), flat.double(), atol=1e-5, rtol=1e-5)

@@ -17,6 +17,7 @@ from expunge.errors import (
     WrongState,
 )
 from expunge.testing import tiny_diffusion
+
 from .edits import make, same, values
 
 KINDS = ("dense", "low-rank", "shared-low-rank")

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from expunge.models.fingerprint import SAMPLES, Fingerprint, tensor_digest
+from expunge.edit.fingerprint import SAMPLES, Fingerprint, tensor_digest
 from expunge.testing import tiny_diffusion
 
 

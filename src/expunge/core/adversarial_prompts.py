@@ -46,7 +46,8 @@ class Forbidden:
     Attributes:
         words: Lower-case names, phrases and their words of at least three letters.
         allowed: bool ``(V,)``.  Out are special ids, every token of the tokenisations of the names,
-            tokens that are a sub-string (three letters or more) of a forbidden word or hold one, and
+            tokens that are a sub-string (three letters or more) of a forbidden word or hold one,
+            tokens no text is written with (control characters, single bytes of longer letters), and
             ids the tokenizer does not know.
 
     Args:
@@ -67,11 +68,11 @@ class Forbidden:
         }
         known = min(size, len(tokenizer))
         self.allowed = torch.zeros(size, dtype=torch.bool)
+        shown = tokenizer.batch_decode([[i] for i in range(known)])
         for index, piece in enumerate(tokenizer.convert_ids_to_tokens(list(range(known)))):
             letters = (piece or "").replace("</w>", "").lstrip("\u0120\u2581").lower()
-            self.allowed[index] = (
-                bool(letters) and letters not in inner and not any(p in letters for p in parts)
-            )
+            named = letters in inner or any(part in letters for part in parts)
+            self.allowed[index] = bool(letters) and not named and _printable(shown[index])
         spoken = [
             form
             for name in concept.names
@@ -89,6 +90,11 @@ class Forbidden:
         """How often forbidden words stand in a text, inside longer words too."""
         lowered = " ".join(text.lower().split())
         return sum(lowered.count(word) for word in self.words)
+
+
+def _printable(text: str) -> bool:
+    """Letters, digits, signs; not blank, no control character and no broken byte."""
+    return bool(text.strip()) and text.strip().isprintable() and "\ufffd" not in text
 
 
 def arrangement(content: int, searched: int, placement: str) -> list[int]:

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from ..concept import Concept
+from ..edit.fingerprint import tensor_digest
 from ..method import Budget, Judge, Method, Prompt, Verdicts
 from ..models.base import Companions, Model
-from ..edit.fingerprint import tensor_digest
 
 __all__ = ["Bench", "NeverShown", "Raised", "bench", "calls_of", "failing", "quick", "trace"]
 

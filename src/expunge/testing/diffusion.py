@@ -67,7 +67,12 @@ def tiny_diffusion(
     seed: int = 0, dtype: torch.dtype = torch.float32, prediction_type: str = "epsilon"
 ) -> DiffusionModel:
     """A random SD-like model: 8 x 8 latents, 16 x 16 pictures, text width 32, 16 tokens, 4 default steps."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = tiny_tokenizer()
@@ -88,7 +93,7 @@ def tiny_diffusion(
                 vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2,
                 num_attention_heads=2, max_position_embeddings=LENGTH, bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-            )  # fmt: skip
+            )
         )
     pipeline = StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet,

@@ -48,7 +48,7 @@ class RingABell(Attack):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper:unsafe": {},
         # 20,000 encoder rows an item end the search, before the generations do.
-        "world": {"length": (8,), "population": 100, "steps": 20, "batch": 64},
+        "world": {"length": (8,), "steps": 20, "batch": 64},
         "quick": {"length": (8,), "population": 60, "steps": 20, "batch": 64},
     }
 

@@ -33,7 +33,14 @@ from typing import Any, ClassVar
 
 from ...concept import as_concepts
 from ...core.closed_form import ValueMoments
-from ...core.projections import Projections, erased_pairs, kept_texts, per_layer_edit, shared_edit
+from ...core.projections import (
+    Projections,
+    erased_pairs,
+    kept_texts,
+    per_layer_edit,
+    registered_texts,
+    shared_edit,
+)
 from ...core.token_policy import POLICIES, accumulate, stream_pairs, stream_rows
 from ...edit import Edit
 from ...method import Eraser, Judge, setting

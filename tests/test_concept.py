@@ -1,0 +1,63 @@
+"""Concepts are validated at the door, and names never become paths by accident."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from expunge.concept import Concept, as_concepts, read_concepts, safe_name
+from expunge.errors import ConceptError, NameRefused
+
+HOSTILE = [
+    "", " ", ".", "..", "../x", "a/../b", "/etc/passwd", "a/b", "a\\b", "..\\x", "C:\\x", "C:x",
+    "\\\\host\\share", "//host/share", "a\0b", "a\nb", "a\x1b[31m", "x" * 300, "é" * 60, "name.", "name ",
+    " name", "CON", "con.txt", "nul", "LPT1", "~root", "-rf", "$HOME", "a:b", "a*b", "a?b", "\u202ename",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=ascii)
+def test_hostile_names_never_become_paths(name):
+    with pytest.raises(NameRefused):
+        safe_name(name)
+
+
+@pytest.mark.parametrize("name", ["star", "red star", "Ada Morn", "v1.2_a-b", "étoile", "星", "console"])
+def test_ordinary_names_may(name):
+    assert safe_name(name) == name
+
+
+def test_what_is_no_concept():
+    for bad in ("", "  ", "a\0b", "x" * 201, 3):
+        with pytest.raises(ConceptError):
+            Concept(bad)
+    with pytest.raises(ConceptError, match="did you mean 'style'"):
+        Concept("x", kind="stile")
+    with pytest.raises(ConceptError, match="anchor"):
+        Concept("star", anchor="Star")
+    with pytest.raises(ConceptError, match="list of texts"):
+        Concept("star", phrases="heart")
+    with pytest.raises(ConceptError, match="repeats"):
+        Concept("star", phrases=("STAR",))
+    for bad in ([], ["star", "Star"]):
+        with pytest.raises(ConceptError):
+            as_concepts(bad)
+
+
+def test_round_trip_and_files(tmp_path):
+    star = Concept("star", "object", ("asterisk",), "circle")
+    assert Concept.from_dict(json.loads(json.dumps(star.to_dict()))) == star
+    assert star.names == ("star", "asterisk") and as_concepts("star") == (Concept("star"),)
+    path = tmp_path / "c.yaml"
+    path.write_text("concepts:\n- {name: star, phrases: [asterisk], anchor: circle}\n- name: heart\n")
+    assert read_concepts(path) == (star, Concept("heart"))
+    for text, match in (
+        ("- nam: star\n", "did you mean 'name'"), ("a: &x 1\nb: *x\n", "aliases"), ("[]", "no concept"),
+        ("{", "not valid"), ("- 3\n", "mapping"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(ConceptError, match=match):
+            read_concepts(path)
+    path.write_bytes("name: étoile".encode("latin-1"))
+    with pytest.raises(ConceptError, match="not UTF-8"):
+        read_concepts(path)

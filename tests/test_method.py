@@ -1,0 +1,62 @@
+"""Hyperparameters: texts are converted, ranges are kept, and what is wrong is said in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pytest
+
+from expunge.errors import ProtocolError, SettingError
+from expunge.method import Budget, Control, Measurement, Method, budget, setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample(Method):
+    """A method with a setting of each type."""
+
+    id: ClassVar[str] = "sample"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"small": {"steps": 2}}
+
+    steps: int = setting(10, "steps", minimum=1, maximum=100)
+    lr: float | None = setting(None, "rate", minimum=0)
+    on: bool = setting(False, "switch")
+    how: str = setting("fast", "way", choices=("fast", "slow"))
+    curve: tuple[int, ...] = setting((1, 2), "points", minimum=1)
+
+
+def test_texts_are_converted():
+    made = Sample.configured(None, steps="5", lr="1e-3", on="yes", how="slow", curve="3, 4")
+    assert made == Sample(5, 1e-3, True, "slow", (3, 4))
+    assert Sample.configured("small", lr="none") == Sample(steps=2)
+    assert [row["name"] for row in Sample.describe()] == ["steps", "lr", "on", "how", "curve"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"stepz": 1}, "did you mean 'steps'"), ({"steps": "x"}, "needs int"), ({"steps": 0}, "from 1"),
+        ({"steps": 101}, "to 100"), ({"lr": float("nan")}, "allowed"), ({"how": "fas"}, "mean 'fast'"),
+        ({"curve": (1, 0)}, "from 1"), ({"on": "maybe"}, "needs bool"), ({"steps": True}, "allowed"),
+    ],
+)  # fmt: skip
+def test_wrong_settings(settings, match):
+    with pytest.raises(SettingError, match=match):
+        Sample.configured(None, **settings)
+
+
+def test_budgets_measurements_and_controls():
+    assert budget("quick").denoiser_rows and budget(Budget("own")).name == "own"
+    with pytest.raises(SettingError, match="mean 'quick'"):
+        budget("quik")
+    one, two = Measurement(0.5, "a", 3), Measurement(0.25, "a", 3)
+    assert one.minus(two) == 0.25
+    with pytest.raises(ProtocolError):
+        one.minus(Measurement(0.25, "b", 3))
+
+    class Logits(Control):
+        def logits(self, context, logits):
+            return logits
+
+    assert Logits.hooks() == {"logits"} and Control.hooks() == frozenset()
