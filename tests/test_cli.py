@@ -78,14 +78,28 @@ def test_concept_mistakes_name_file_entry_and_key(capsys, folder, tmp_path):
         ("[]", "no concept"),
     ):
         bad.write_text(text)
-        status, _, err = run(capsys, "erase", "-m", folder, "--concept-file", bad, "--method", "uce", "-o", tmp_path)
+        status, _, err = run(
+            capsys, "erase", "-m", folder, "--concept-file", bad, "--method", "uce", "-o", tmp_path
+        )
         assert status == 1
         assert "concepts.yaml" in err and words in err
 
 
 def test_erase_inspect_export_generate_on_a_saved_pipeline(capsys, folder, tmp_path):
     out = tmp_path / "out"
-    erase = ("erase", "-m", folder, "-c", "star", "--anchor", "circle", "--method", "uce", "-o", out)
+    erase = (
+        "erase",
+        "-m",
+        folder,
+        "-c",
+        "star",
+        "--anchor",
+        "circle",
+        "--method",
+        "uce",
+        "-o",
+        out,
+    )
     status, text, err = run(capsys, *erase)
     assert (status, err) == (0, ""), err
     assert "erased star with uce" in text
@@ -97,7 +111,20 @@ def test_erase_inspect_export_generate_on_a_saved_pipeline(capsys, folder, tmp_p
     status, text, _ = run(capsys, "export", file, "-m", folder, "-o", tmp_path / "lora.safetensors")
     assert status == 0 and (tmp_path / "lora.safetensors").is_file()
     status, text, _ = run(
-        capsys, "generate", "-m", folder, "-p", "a star", "-e", file, "-o", tmp_path / "g", "--steps", 2, "--seeds", 2
+        capsys,
+        "generate",
+        "-m",
+        folder,
+        "-p",
+        "a star",
+        "-e",
+        file,
+        "-o",
+        tmp_path / "g",
+        "--steps",
+        2,
+        "--seeds",
+        2,
     )
     assert status == 0
     pictures = sorted((tmp_path / "g").glob("*.png"))
@@ -119,7 +146,19 @@ def test_control_characters_of_a_name_do_not_reach_the_terminal(capsys):
 
 def test_help_explains_every_option():
     done = subprocess.run(
-        [sys.executable, "-m", "expunge", "audit", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "expunge", "audit", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    for option in ("--model", "--original", "--never", "--edit", "--concept", "--attacks", "--budget", "--prompts"):
+    for option in (
+        "--model",
+        "--original",
+        "--never",
+        "--edit",
+        "--concept",
+        "--attacks",
+        "--budget",
+        "--prompts",
+    ):
         assert option in done.stdout

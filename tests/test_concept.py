@@ -22,7 +22,9 @@ def test_hostile_names_never_become_paths(name):
         safe_name(name)
 
 
-@pytest.mark.parametrize("name", ["star", "red star", "Ada Morn", "v1.2_a-b", "étoile", "星", "console"])
+@pytest.mark.parametrize(
+    "name", ["star", "red star", "Ada Morn", "v1.2_a-b", "étoile", "星", "console"]
+)
 def test_ordinary_names_may(name):
     assert safe_name(name) == name
 
@@ -49,7 +51,9 @@ def test_round_trip_and_files(tmp_path):
     assert Concept.from_dict(json.loads(json.dumps(star.to_dict()))) == star
     assert star.names == ("star", "asterisk") and as_concepts("star") == (Concept("star"),)
     path = tmp_path / "c.yaml"
-    path.write_text("concepts:\n- {name: star, phrases: [asterisk], anchor: circle}\n- name: heart\n")
+    path.write_text(
+        "concepts:\n- {name: star, phrases: [asterisk], anchor: circle}\n- name: heart\n"
+    )
     assert read_concepts(path) == (star, Concept("heart"))
     for text, match in (
         ("- nam: star\n", "did you mean 'name'"), ("a: &x 1\nb: *x\n", "aliases"), ("[]", "no concept"),

@@ -36,7 +36,9 @@ edit.save(sys.argv[1] + "/edit.safetensors")
 
 def child(folder, mode):
     code = CHILD.replace("{settings!r}", repr(SETTINGS))
-    return subprocess.run([sys.executable, "-c", code, str(folder), mode], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code, str(folder), mode], capture_output=True, text=True
+    )
 
 
 def test_sigkill_at_a_checkpoint_then_resume_is_bit_for_bit(tmp_path):

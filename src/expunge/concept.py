@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args, Literal
+from typing import Any, Literal, get_args
 
 from .errors import ConceptError, NameRefused, nearest
 
@@ -63,7 +63,9 @@ class Concept:
             value = getattr(self, field)
             if isinstance(value, str) or not isinstance(value, Iterable):
                 raise ConceptError(f"concept {self.name!r}: {field} must be a list of texts")
-            entries = tuple(_text(entry, f"{field} of {self.name!r}", long=field == "texts") for entry in value)
+            entries = tuple(
+                _text(entry, f"{field} of {self.name!r}", long=field == "texts") for entry in value
+            )
             object.__setattr__(self, field, entries)
         lowered = self.name.lower()
         if lowered in (phrase.lower() for phrase in self.phrases):
@@ -84,13 +86,17 @@ class Concept:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, empty fields left out."""
         raw = dataclasses.asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in raw.items() if v not in (None, ())}
+        return {
+            k: list(v) if isinstance(v, tuple) else v for k, v in raw.items() if v not in (None, ())
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str = "concept") -> Concept:
         """Build from a mapping; unknown keys are refused with the nearest valid key."""
         if not isinstance(data, Mapping):
-            raise ConceptError(f"{where}: expected a mapping with a key 'name', got {type(data).__name__}")
+            raise ConceptError(
+                f"{where}: expected a mapping with a key 'name', got {type(data).__name__}"
+            )
         allowed = [field.name for field in dataclasses.fields(cls)]
         for key in data:
             if key not in allowed:
@@ -159,7 +165,10 @@ def read_concepts(path: str | os.PathLike[str]) -> tuple[Concept, ...]:
     if not entries:
         raise ConceptError(f"{file.name}: holds no concept")
     return as_concepts(
-        [Concept.from_dict(entry, f"{file.name}, concept {i}") for i, entry in enumerate(entries, 1)]
+        [
+            Concept.from_dict(entry, f"{file.name}, concept {i}")
+            for i, entry in enumerate(entries, 1)
+        ]
     )
 
 

@@ -25,7 +25,11 @@ class Maker(Method):
 
 
 def make(
-    model: Any, kind: str = "shared-low-rank", seed: int = 0, names: Any = None, strength: float = 0.05
+    model: Any,
+    kind: str = "shared-low-rank",
+    seed: int = 0,
+    names: Any = None,
+    strength: float = 0.05,
 ) -> Edit:
     """A random edit fitted on the model as it is."""
     names = tuple(names or model.text_projections())
@@ -44,7 +48,13 @@ def make(
             tensors[f"up.{name}"] = strength * torch.randn(shape[0], 2, generator=draw)
             tensors[f"down.{name}"] = torch.randn(2, table[name][0].numel(), generator=draw)
     return Edit.make(
-        Maker(strength=strength), model, (STAR,), kind=kind, tensors=tensors, targets=names, seed=seed
+        Maker(strength=strength),
+        model,
+        (STAR,),
+        kind=kind,
+        tensors=tensors,
+        targets=names,
+        seed=seed,
     )
 
 

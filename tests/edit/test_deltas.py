@@ -23,7 +23,9 @@ def test_shared_low_rank_is_weight_times_factors(model):
     edit = make(model)
     for target in edit.manifest.targets:
         weight = model.tensor(target.name).detach().double()
-        wanted = weight @ edit.tensors["shared.left"].double() @ edit.tensors["shared.right"].double()
+        wanted = (
+            weight @ edit.tensors["shared.left"].double() @ edit.tensors["shared.right"].double()
+        )
         torch.testing.assert_close(edit.change(target.name, weight), wanted, rtol=0, atol=1e-15)
 
 
@@ -41,7 +43,12 @@ def test_low_rank_and_dense(model):
 
 def test_convolutions_keep_their_shape(model):
     edit = make(model, "low-rank", names=["unet.conv_in.weight"])
-    assert edit.change("unet.conv_in.weight", model.tensor("unet.conv_in.weight")).shape == (16, 4, 3, 3)
+    assert edit.change("unet.conv_in.weight", model.tensor("unet.conv_in.weight")).shape == (
+        16,
+        4,
+        3,
+        3,
+    )
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (4, 3, 3, 3)])

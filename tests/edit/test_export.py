@@ -81,7 +81,9 @@ def test_a_dense_edit_needs_a_rank_and_says_what_is_lost(model, tmp_path):
     with pytest.raises(SettingError, match="rank="):
         edit.export(path, model=model)
     assert not path.exists()
-    errors = [edit.export(path, model=model, rank=rank)["relative_error"] for rank in (1, 4, 16, 32)]
+    errors = [
+        edit.export(path, model=model, rank=rank)["relative_error"] for rank in (1, 4, 16, 32)
+    ]
     assert errors == sorted(errors, reverse=True) and errors[0] > 0.5 and errors[-1] < 1e-6
     assert edit.export(path, model=model, rank=4)["rank"] == 4
 
@@ -93,7 +95,9 @@ def test_biases_are_named_as_left_out(model, tmp_path):
     assert report["left_out"] == ["unet.conv_in.bias"] and report["tensors"] == 1
     assert 0 < report["relative_error"] < 1
     with pytest.raises(UnsupportedModel, match="biases only"):
-        make(model, "dense", names=names[1:]).export(tmp_path / "b.safetensors", model=model, rank=1)
+        make(model, "dense", names=names[1:]).export(
+            tmp_path / "b.safetensors", model=model, rank=1
+        )
 
 
 def test_what_cannot_be_exported_is_a_sentence(model, tmp_path):

@@ -66,7 +66,15 @@ def test_round_trip(edit, content, tmp_path):
 
 def test_truncated_anywhere(content, tmp_path):
     draw = random.Random(0)
-    for length in {0, 1, 7, 8, 9, len(content) - 1, *(draw.randrange(len(content)) for _ in range(60))}:
+    for length in {
+        0,
+        1,
+        7,
+        8,
+        9,
+        len(content) - 1,
+        *(draw.randrange(len(content)) for _ in range(60)),
+    }:
         refused(tmp_path / "short.safetensors", content[:length])
     refused(tmp_path / "long.safetensors", content + b"\0")
 

@@ -145,7 +145,10 @@ def test_wrong_base_shape_and_names_are_refused_and_nothing_is_touched(plain):
 def test_nothing_non_finite_reaches_a_model(plain):
     before, edit = values(plain), make(plain, "dense")
     name = edit.manifest.targets[0].name
-    bad = {**edit.tensors, f"delta.{name}": torch.full_like(edit.tensors[f"delta.{name}"], torch.nan)}
+    bad = {
+        **edit.tensors,
+        f"delta.{name}": torch.full_like(edit.tensors[f"delta.{name}"], torch.nan),
+    }
     with pytest.raises(NonFiniteError, match="NaN"):
         Edit(edit.manifest, bad)
     half = tiny_diffusion(dtype=torch.float16)
@@ -172,5 +175,3 @@ def test_a_failed_removal_puts_everything_back(plain, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         edits[0].revert(plain)
     assert same(plain, held) and plain.edits.digests == tuple(e.digest for e in edits)
-
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from expunge.core.resampling import bootstrap_difference, bootstrap_mean, rate, wilson
 from expunge.errors import InputError, ProtocolError
 from expunge.measure import (
     Moments,
@@ -18,7 +19,6 @@ from expunge.measure import (
     perceptual_distance,
     rank,
 )  # fmt: skip
-from expunge.core.resampling import bootstrap_difference, bootstrap_mean, rate, wilson
 
 
 def draw(n: int, d: int = 6, shift: float = 0.0, scale: float = 1.0, seed: int = 0) -> np.ndarray:

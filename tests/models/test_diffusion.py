@@ -84,7 +84,9 @@ class Maker(Method):
 
 def dense(model, name: str) -> Edit:
     delta = {f"delta.{name}": torch.full_like(model.tensor(name), 0.1)}
-    return Edit.make(Maker(), model, (Concept("star"),), kind="dense", tensors=delta, targets=(name,))
+    return Edit.make(
+        Maker(), model, (Concept("star"),), kind="dense", tensors=delta, targets=(name,)
+    )
 
 
 def test_remembered_embeddings_follow_the_weights():
@@ -108,7 +110,10 @@ def test_remembered_embeddings_follow_the_weights():
 def test_spliced_vectors_are_the_table(model):
     ids = model.token_ids(["a star"])
     vectors = model.token_table()[ids].clone().requires_grad_(True)
-    plain, spliced = model.encode_tokens(ids).embeddings, model.encode_tokens(ids, vectors).embeddings
+    plain, spliced = (
+        model.encode_tokens(ids).embeddings,
+        model.encode_tokens(ids, vectors).embeddings,
+    )
     torch.testing.assert_close(spliced, plain)
     spliced.sum().backward()
     assert vectors.grad is not None and vectors.grad.abs().sum() > 0
@@ -120,12 +125,16 @@ def test_predictions_reconstruct_what_was_noised(model):
     times = torch.tensor([100, 700])
     noised = model.noised(clean, noise, times)
     prediction = model.predict(noised, times, model.encode(PROMPTS[:2]))
-    rebuilt = prediction.alpha * prediction.x0(noised) + prediction.sigma * prediction.epsilon(noised)
+    rebuilt = prediction.alpha * prediction.x0(noised) + prediction.sigma * prediction.epsilon(
+        noised
+    )
     torch.testing.assert_close(rebuilt, noised, atol=1e-5, rtol=1e-5)
     alpha, sigma = model.alpha_sigma(times)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha))
     scheduler = model.scheduler
-    torch.testing.assert_close(noised, scheduler.add_noise(clean, noise, times), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        noised, scheduler.add_noise(clean, noise, times), atol=1e-6, rtol=1e-5
+    )
 
 
 class Looks(Control):

@@ -46,7 +46,9 @@ def test_one_touched_value_outside_the_sample_is_noticed(model):
     other = tiny_diffusion()
     with torch.no_grad():
         flat = other.tensor(name).view(-1)
-        sampled = set(torch.linspace(0, len(flat) - 1, SAMPLES, dtype=torch.float64).long().tolist())
+        sampled = set(
+            torch.linspace(0, len(flat) - 1, SAMPLES, dtype=torch.float64).long().tolist()
+        )
         flat[next(i for i in range(len(flat)) if i not in sampled)] += 1e-3
     assert agreement(model, other)[0] == "equal"  # control: the sample alone cannot see it
     assert agreement(model, other, [name]) == ("different", name)

@@ -30,7 +30,9 @@ def test_every_kind_converts_to_every_other(kind, flow):
     torch.testing.assert_close(made.epsilon(noised), noise)
     torch.testing.assert_close(made.velocity(noised), value["v"])
     wrong = Prediction(kind, value[kind] + 0.1, alpha, sigma)  # control
-    assert not torch.allclose(wrong.x0(noised), x0) and not torch.allclose(wrong.epsilon(noised), noise)
+    assert not torch.allclose(wrong.x0(noised), x0) and not torch.allclose(
+        wrong.epsilon(noised), noise
+    )
 
 
 def test_guidance_is_linear_and_kinds_do_not_mix():
@@ -50,12 +52,17 @@ def test_conditions_keep_rows_together():
     def condition(n, offset=0.0):
         rows = torch.arange(n, dtype=torch.float32) + offset
         return Condition(
-            rows[:, None, None].expand(n, 4, 2), rows[:, None].expand(n, 4), rows[:, None], {"time": rows}
+            rows[:, None, None].expand(n, 4, 2),
+            rows[:, None].expand(n, 4),
+            rows[:, None],
+            {"time": rows},
         )
 
     def rows_of(c):
         assert torch.equal(c.embeddings[:, 0, 0], c.mask[:, 0])
-        assert torch.equal(c.pooled[:, 0], c.extra["time"]) and torch.equal(c.mask[:, 0], c.pooled[:, 0])
+        assert torch.equal(c.pooled[:, 0], c.extra["time"]) and torch.equal(
+            c.mask[:, 0], c.pooled[:, 0]
+        )
         return c.extra["time"].tolist()
 
     both = Condition.concatenate([condition(2), condition(3, 10.0)])

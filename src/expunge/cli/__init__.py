@@ -109,7 +109,9 @@ def methods(
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False, expand=True)
-    rows = [system.to_dict() | {"#": "" if system.number is None else system.number} for system in found]
+    rows = [
+        system.to_dict() | {"#": "" if system.number is None else system.number} for system in found
+    ]
     for name in ("#", "id", "verb", "family", "status"):
         # Only the title may be cut: an id that is cut cannot be typed.
         widest = max((len(str(row[name])) for row in rows), default=0)

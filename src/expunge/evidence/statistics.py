@@ -12,7 +12,6 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from scipy.stats import binom
 
-from ..errors import InputError
 from ..core.resampling import (
     bootstrap_difference,
     bootstrap_mean,
@@ -21,6 +20,7 @@ from ..core.resampling import (
     resamples,
     wilson,
 )
+from ..errors import InputError
 
 __all__ = [
     "MARGIN",

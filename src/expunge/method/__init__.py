@@ -135,7 +135,9 @@ class Measurement:
         if self.protocol != other.protocol:
             raise ProtocolError(f"{self.protocol!r} cannot be compared with {other.protocol!r}")
         if self.value is None or other.value is None:
-            raise ProtocolError(f"{self.protocol!r} has no value on one side, so nothing to compare")
+            raise ProtocolError(
+                f"{self.protocol!r} has no value on one side, so nothing to compare"
+            )
         return self.value - other.value
 
 
@@ -332,7 +334,9 @@ class Control:
     @classmethod
     def hooks(cls) -> frozenset[str]:
         """Names of the hooks this control overrides; the adapter installs only those."""
-        return frozenset(hook for hook in cls.HOOKS if getattr(cls, hook) is not getattr(Control, hook))
+        return frozenset(
+            hook for hook in cls.HOOKS if getattr(cls, hook) is not getattr(Control, hook)
+        )
 
     def start(self, context: Any) -> None:
         """Before the first step."""

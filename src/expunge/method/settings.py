@@ -110,7 +110,9 @@ def _convert(method: str, name: str, text: str, kind: Any) -> Any:
             return text
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
-        return tuple(_convert(method, name, part.strip(), inner) for part in text.split(",") if part.strip())
+        return tuple(
+            _convert(method, name, part.strip(), inner) for part in text.split(",") if part.strip()
+        )
     wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
     raise SettingError(f"{method}: setting {name!r} needs {wanted}, got {text!r}")
 
@@ -128,8 +130,12 @@ def _check(method: str, field: dataclasses.Field[Any], value: Any) -> None:
     if low is None and high is None:
         return
     for number in value if isinstance(value, tuple) else (value,):
-        inside = isinstance(number, (int, float)) and not isinstance(number, bool) and number == number
+        inside = (
+            isinstance(number, (int, float)) and not isinstance(number, bool) and number == number
+        )
         if inside and (low is None or number >= low) and (high is None or number <= high):
             continue
-        bounds = f"from {low if low is not None else '-inf'} to {high if high is not None else 'inf'}"
+        bounds = (
+            f"from {low if low is not None else '-inf'} to {high if high is not None else 'inf'}"
+        )
         raise SettingError(f"{method}: {field.name} is {number!r}; allowed is a number {bounds}")

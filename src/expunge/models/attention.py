@@ -48,7 +48,10 @@ class _Dispatch:
         if encoder_hidden_states is not None and attn.norm_cross:
             source = attn.norm_encoder_hidden_states(source)
         query = attn.head_to_batch_dim(attn.to_q(hidden_states))
-        key, value = attn.head_to_batch_dim(attn.to_k(source)), attn.head_to_batch_dim(attn.to_v(source))
+        key, value = (
+            attn.head_to_batch_dim(attn.to_k(source)),
+            attn.head_to_batch_dim(attn.to_v(source)),
+        )
         scores = attn.get_attention_scores(query, key, mask)
         rows = scores.unflatten(0, (-1, attn.heads))
         self.context.layer = self.layer
@@ -64,7 +67,9 @@ class _Dispatch:
 
 
 @contextlib.contextmanager
-def dispatching(denoiser: nn.Module, controls: Sequence[Control], context: Context) -> Iterator[None]:
+def dispatching(
+    denoiser: nn.Module, controls: Sequence[Control], context: Context
+) -> Iterator[None]:
     """Install the dispatcher on every attention layer; the stock processors come back at the end."""
     watching = [control for control in controls if "attention" in control.hooks()]
     if not watching:

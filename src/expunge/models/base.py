@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from ..edit.fingerprint import Fingerprint, fingerprint
 from ..edit.stack import EditStack
 from ..errors import MissingCapability, MissingPart, UnsupportedModel, nearest
-from ..edit.fingerprint import Fingerprint, fingerprint
 
 if TYPE_CHECKING:
     from ..concept import Concept
@@ -59,7 +59,9 @@ class Cost:
 
     def since(self, before: Mapping[str, int]) -> dict[str, int]:
         """Counts added since ``before``."""
-        return {k: v - before.get(k, 0) for k, v in sorted(self.counts.items()) if v > before.get(k, 0)}
+        return {
+            k: v - before.get(k, 0) for k, v in sorted(self.counts.items()) if v > before.get(k, 0)
+        }
 
     def rows(self, component: str, before: Mapping[str, int] | None = None) -> int:
         """Forward and backward rows of a component (since ``before``)."""

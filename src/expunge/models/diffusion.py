@@ -42,7 +42,9 @@ class DiffusionModel(Model):
     family = "diffusion"
     capabilities = frozenset({"generate", "score", "embed", "activations", "gradients", "controls"})
 
-    def __init__(self, pipeline: Any, name: str = "pipeline", *, steps: int = 50, guidance: float = 7.5):
+    def __init__(
+        self, pipeline: Any, name: str = "pipeline", *, steps: int = 50, guidance: float = 7.5
+    ):
         super().__init__(name)
         self.pipeline = pipeline
         self.steps, self.guidance = steps, guidance
@@ -106,7 +108,9 @@ class DiffusionModel(Model):
         Raises:
             MissingPart: None was found (an edit of nothing would look like success).
         """
-        names = tuple(n for n in self.tensors() if n.endswith(("attn2.to_k.weight", "attn2.to_v.weight")))
+        names = tuple(
+            n for n in self.tensors() if n.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+        )
         if not names:
             raise MissingPart(f"{self.name}: the denoiser has no attn2.to_k / attn2.to_v matrices")
         return names
@@ -117,10 +121,16 @@ class DiffusionModel(Model):
         """Token ids ``(n, tokens)``, padded and truncated as the pipeline does."""
         for text in texts:
             if len(text) > MAX_PROMPT:
-                raise PromptError(f"a prompt has {len(text)} characters; at most {MAX_PROMPT} are allowed")
+                raise PromptError(
+                    f"a prompt has {len(text)} characters; at most {MAX_PROMPT} are allowed"
+                )
         length = self.tokenizer.model_max_length
         made = self.tokenizer(
-            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            list(texts),
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
         )
         return made.input_ids
 
@@ -149,7 +159,9 @@ class DiffusionModel(Model):
         with torch.no_grad():
             for first in range(0, len(missing), 256):
                 part = missing[first : first + 256]
-                for text, row in zip(part, self.encode_tokens(self.token_ids(part)).embeddings, strict=True):
+                for text, row in zip(
+                    part, self.encode_tokens(self.token_ids(part)).embeddings, strict=True
+                ):
                     self._texts[text, version] = row.clone()
         return Condition(torch.stack([self._texts[text, version] for text in texts]))
 
@@ -192,16 +204,23 @@ class DiffusionModel(Model):
 
     def initial_noise(self, seeds: Sequence[int], purpose: str = "initial noise") -> Tensor:
         """Noise ``(n, c, h, w)``, a private generator per seed: independent of batch and device."""
-        rows = [torch.randn(self.latent_shape, generator=noise_generator(s, purpose)) for s in seeds]
+        rows = [
+            torch.randn(self.latent_shape, generator=noise_generator(s, purpose)) for s in seeds
+        ]
         return torch.stack(rows).to(self.device, self.dtype)
 
     def latents_of(self, pictures: np.ndarray) -> Tensor:
         """Scaled means of the autoencoder's posterior, ``(n, c, h, w)``, of uint8 ``(n, H, W, 3)``."""
-        pixels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = (
+            torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        )
         config = self.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
         with torch.no_grad():
-            parts = [self.vae.encode(p.to(self.device, self.vae.dtype)).latent_dist.mean for p in pixels.split(64)]
+            parts = [
+                self.vae.encode(p.to(self.device, self.vae.dtype)).latent_dist.mean
+                for p in pixels.split(64)
+            ]
         self.cost.add("autoencoder", len(pixels))
         return (torch.cat(parts) - shift) * config.scaling_factor
 
@@ -226,8 +245,12 @@ class DiffusionModel(Model):
         shape = (-1, 1, 1, 1)
         if hasattr(scheduler, "alphas_cumprod"):
             bar = scheduler.alphas_cumprod.to(self.device)[timesteps.long()].double()
-            return bar.sqrt().to(self.dtype).reshape(shape), (1 - bar).sqrt().to(self.dtype).reshape(shape)
-        sigma = (timesteps.double() / scheduler.config.num_train_timesteps).to(self.device, self.dtype)
+            return bar.sqrt().to(self.dtype).reshape(shape), (1 - bar).sqrt().to(
+                self.dtype
+            ).reshape(shape)
+        sigma = (timesteps.double() / scheduler.config.num_train_timesteps).to(
+            self.device, self.dtype
+        )
         return (1 - sigma).reshape(shape), sigma.reshape(shape)
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -252,7 +275,11 @@ class DiffusionModel(Model):
         return KINDS[kind]
 
     def predict(
-        self, noised: Tensor, timesteps: Tensor, condition: Condition, context: Context | None = None
+        self,
+        noised: Tensor,
+        timesteps: Tensor,
+        condition: Condition,
+        context: Context | None = None,
     ) -> Prediction:
         """One pass of the denoiser over ``n`` rows; counted; differentiable when gradients are on."""
         rows = len(noised)
@@ -307,7 +334,9 @@ class DiffusionModel(Model):
             seeds = [p.seed if isinstance(p, Prompt) else i for i, p in enumerate(listed)]
         seeds = [seeds] * len(texts) if isinstance(seeds, int) else list(seeds)
         if len(seeds) != len(texts):
-            raise PromptError(f"{len(texts)} prompts but {len(seeds)} seeds; one seed a prompt is needed")
+            raise PromptError(
+                f"{len(texts)} prompts but {len(seeds)} seeds; one seed a prompt is needed"
+            )
         if condition is not None and condition.rows != len(texts):
             raise PromptError(f"{len(texts)} prompts but a condition of {condition.rows} rows")
         made = []
@@ -315,7 +344,9 @@ class DiffusionModel(Model):
             for first in range(0, len(texts), batch):
                 part = slice(first, first + batch)
                 rows = self.encode(texts[part]) if condition is None else condition.select(part)
-                latents = self.sample(rows, seeds[part], steps=steps, guidance=guidance, negative=negative)
+                latents = self.sample(
+                    rows, seeds[part], steps=steps, guidance=guidance, negative=negative
+                )
                 made.append(self.pictures_of(latents))
                 if progress is not None:
                     progress(len(made[-1]))
@@ -355,7 +386,9 @@ class DiffusionModel(Model):
             rows = torch.cat([scaled, scaled]) if both else scaled
             prediction = self.predict(rows, time.reshape(1), condition, context)
             if both:
-                prediction = prediction.select(slice(count, None)).guided(prediction.select(slice(count)), weight)
+                prediction = prediction.select(slice(count, None)).guided(
+                    prediction.select(slice(count)), weight
+                )
             latents = scheduler.step(prediction.value, time, latents, return_dict=False)[0]
         for control in self.controls:
             latents = control.finish(context, latents)

@@ -72,8 +72,12 @@ class Condition:
         first = parts[0]
         return Condition(
             torch.cat([p.embeddings for p in parts]),
-            None if first.mask is None else torch.cat([p.mask for p in parts if p.mask is not None]),
-            None if first.pooled is None else torch.cat([p.pooled for p in parts if p.pooled is not None]),
+            None
+            if first.mask is None
+            else torch.cat([p.mask for p in parts if p.mask is not None]),
+            None
+            if first.pooled is None
+            else torch.cat([p.pooled for p in parts if p.pooled is not None]),
             {name: torch.cat([p.extra[name] for p in parts]) for name in first.extra},
         )
 
@@ -130,7 +134,9 @@ class Prediction:
     def guided(self, unconditional: Prediction, guidance: Tensor) -> Prediction:
         """Classifier-free guidance ``u + g (c - u)`` with a guidance per row, ``(n, 1, 1, 1)``."""
         if self.kind != unconditional.kind:
-            raise UnsupportedModel(f"a {self.kind} and a {unconditional.kind} prediction cannot be mixed")
+            raise UnsupportedModel(
+                f"a {self.kind} and a {unconditional.kind} prediction cannot be mixed"
+            )
         return self.replace(unconditional.value + guidance * (self.value - unconditional.value))
 
 

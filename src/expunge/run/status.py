@@ -1,7 +1,7 @@
 """Derives what works: runs the contract battery, counts recorded claims, writes status.json and the README table.
 
-    python -m expunge.run.status            # from the project's root
-    python -m expunge.run.status --no-battery   # only recount claims and rewrite the table
+python -m expunge.run.status            # from the project's root
+python -m expunge.run.status --no-battery   # only recount claims and rewrite the table
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def battery(id: str) -> tuple[bool, str]:
     return True, ""
 
 
-def derive(ids: Iterable[str], run_battery: bool = True, before: dict[str, Any] | None = None) -> dict[str, Any]:
+def derive(
+    ids: Iterable[str], run_battery: bool = True, before: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Status records by id; without running it, the battery's last verdict at the same version stays."""
     found: dict[str, Any] = {}
     for id in ids:
@@ -71,7 +73,10 @@ def derive(ids: Iterable[str], run_battery: bool = True, before: dict[str, Any] 
 
 def table(status: dict[str, Any]) -> str:
     """The README's table: implemented systems with what was recorded, then the count of planned ones."""
-    lines = ["| system | verb | family | battery | claims held | failed | waiting |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| system | verb | family | battery | claims held | failed | waiting |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for system in catalogue.systems():
         record = status.get(system.id)
         if record is None:
@@ -87,7 +92,9 @@ def table(status: dict[str, Any]) -> str:
 def main() -> None:
     """Write status.json and the table between the markers of README.md."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--battery", action=argparse.BooleanOptionalAction, default=True, help="run the battery")
+    parser.add_argument(
+        "--battery", action=argparse.BooleanOptionalAction, default=True, help="run the battery"
+    )
     options = parser.parse_args()
     ids = [system.id for system in catalogue.systems() if system.class_path is not None]
     before = json.loads(STATUS.read_text(encoding="utf-8")) if STATUS.exists() else {}

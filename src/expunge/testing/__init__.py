@@ -1,6 +1,6 @@
 """For people who test methods: the contract battery and tiny models of real library classes.
 
-    from expunge.testing import check_method, tiny_diffusion
+from expunge.testing import check_method, tiny_diffusion
 """
 
 from __future__ import annotations

@@ -84,7 +84,9 @@ def _forget_pictures() -> None:
 
 
 def class_variables_are_filled(method: type[Method]) -> None:
-    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", method.id), f"id {method.id!r} is not a catalogue id"
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", method.id), (
+        f"id {method.id!r} is not a catalogue id"
+    )
     for name in ("title", "source", "families"):
         assert getattr(method, name), f"{name} is empty"
     assert isinstance(method.families, tuple), "families is not a tuple"
@@ -110,7 +112,9 @@ def defaults_construct(method: type[Method]) -> None:
 def settings_are_stored_unchanged(method: type[Method]) -> None:
     made = on.quick(method)
     for name, value in on.quick(method).settings().items():
-        assert getattr(made, name) == value and made.settings()[name] == value, f"{name} was changed"
+        assert getattr(made, name) == value and made.settings()[name] == value, (
+            f"{name} was changed"
+        )
     for field in dataclasses.fields(method):
         assert field.metadata.get("help"), f"setting {field.name} has no help"
         assert made.settings()[field.name] is getattr(made, field.name)
@@ -162,7 +166,9 @@ STATIC = (
 # -- shared by erasers and attacks -------------------------------------------------------------------
 
 
-def _run(method: type[Method], model: Model, *, seed: int = 0, fails: bool = False, **more: Any) -> Any:
+def _run(
+    method: type[Method], model: Model, *, seed: int = 0, fails: bool = False, **more: Any
+) -> Any:
     bench = _bench(method)
     made = on.quick(method)
     if isinstance(made, Eraser):
@@ -240,6 +246,7 @@ def nothing_is_left_behind_by_a_raising_model(method: type[Method]) -> None:
 
 
 def erase_returns_an_edit_with_its_provenance(method: type[Method]) -> None:
+    """The manifest names method, concepts, base, settings, seed and targets, and something changes."""
     bench = _bench(method)
     model = bench.opens()
     edit = _run(method, model, seed=3)
@@ -263,7 +270,9 @@ def same_seed_gives_an_equal_edit(method: type[Method]) -> None:
     assert first.digest == second.digest, "two runs with one seed differ"
     model = opens()
     torch.rand(3)  # the global random state is somewhere else now
-    assert _run(method, model, seed=1).digest == first.digest, "the edit depends on global randomness"
+    assert _run(method, model, seed=1).digest == first.digest, (
+        "the edit depends on global randomness"
+    )
     other = _run(method, opens(), seed=2)
     assert other.digest != first.digest, "the digest does not tell seeds apart"
 

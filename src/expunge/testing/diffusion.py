@@ -24,7 +24,20 @@ def _tokenizer_parts() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
     from tokenizers import pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = ("a", "red", "blue", "green", "star", "circle", "square", "heart", "striped", "plain", "photo", "of")
+    words = (
+        "a",
+        "red",
+        "blue",
+        "green",
+        "star",
+        "circle",
+        "square",
+        "heart",
+        "striped",
+        "plain",
+        "photo",
+        "of",
+    )
     merges: list[tuple[str, str]] = []
     for word in words:
         parts = [*word[:-1], word[-1] + "</w>"]
@@ -90,9 +103,15 @@ def tiny_diffusion(
         )  # fmt: skip
         text = CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2,
-                num_attention_heads=2, max_position_embeddings=LENGTH, bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                vocab_size=len(tokenizer),
+                hidden_size=WIDTH,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=LENGTH,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
             )
         )
     pipeline = StableDiffusionPipeline(

@@ -43,8 +43,16 @@ class Oracle(nn.Module):
         layers: list[nn.Module] = []
         last = 3
         for width in widths:
-            layers += [nn.Conv2d(last, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
-            layers += [nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            layers += [
+                nn.Conv2d(last, width, 3, 2, 1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
+            layers += [
+                nn.Conv2d(width, width, 3, 1, 1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.ReLU(inplace=True),
+            ]
             last = width
         self.body = nn.Sequential(*layers)
         self.neck = nn.Sequential(nn.Flatten(), nn.Linear(last * 16, FEATURES), nn.ReLU())
@@ -62,7 +70,9 @@ class Oracle(nn.Module):
         if isinstance(pictures, np.ndarray):
             if pictures.ndim != 4 or pictures.shape[1:] != (64, 64, 3):
                 raise InputError(f"the oracle reads pictures (n, 64, 64, 3), got {pictures.shape}")
-            pixels = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
+            pixels = (
+                torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
+            )
         else:
             pixels = pictures.float()
         return list(pixels.split(batch))
@@ -86,7 +96,9 @@ class Oracle(nn.Module):
     @torch.no_grad()
     def features(self, pictures: np.ndarray | Tensor, batch: int = 256) -> np.ndarray:
         """Penultimate vectors, float32 (n, 160), for distances between sets of pictures."""
-        return torch.cat([self.neck(self.body(p - 0.5)) for p in self._batches(pictures, batch)]).numpy()
+        return torch.cat(
+            [self.neck(self.body(p - 0.5)) for p in self._batches(pictures, batch)]
+        ).numpy()
 
     @staticmethod
     def confidence(name: str, probabilities: dict[str, Tensor]) -> Tensor:
@@ -96,7 +108,9 @@ class Oracle(nn.Module):
         for head in ("style", "colour", "background", "person", "expression"):
             if name in HEADS[head]:
                 return probabilities[head][:, HEADS[head].index(name)]
-        raise InputError(f"the world's oracle does not know {name!r}{nearest(name, v.concept_names())}")
+        raise InputError(
+            f"the world's oracle does not know {name!r}{nearest(name, v.concept_names())}"
+        )
 
     @staticmethod
     def unrecognisable(probabilities: dict[str, Tensor]) -> Tensor:
@@ -107,9 +121,13 @@ class Oracle(nn.Module):
         """Write weights and a description."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        save_file({k: t.contiguous() for k, t in self.state_dict().items()}, target / "model.safetensors")
+        save_file(
+            {k: t.contiguous() for k, t in self.state_dict().items()}, target / "model.safetensors"
+        )
         described: dict[str, Any] = {"heads": HEADS, "flags": FLAGS, "features": FEATURES}
-        (target / "config.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+        (target / "config.json").write_text(
+            json.dumps(described, indent=1) + "\n", encoding="utf-8"
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> Oracle:

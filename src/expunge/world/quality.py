@@ -41,7 +41,7 @@ def attribute_hits(
     pictures: np.ndarray, made: Sequence[scenes.Scene], judge: Oracle
 ) -> dict[str, list[bool]]:
     """For each attribute, whether the oracle reads it right off each picture where it applies."""
-    found, truth = judge(pictures), scenes.targets(made)
+    found, truth = judge(pictures), scenes.targets(list(made))
     hits: dict[str, list[bool]] = {}
     for name in HEADS:
         applies = truth[name] >= 0

@@ -72,6 +72,7 @@ def misses(table: dict[str, Any], path: str = "") -> dict[str, float]:
             here = f"{path}.{key}" if path else key
             if value.get("met") is False:
                 measured = value.get("value", value.get("gap", value.get("never")))
-                found[here] = measured["value"] if isinstance(measured, dict) else measured
+                number = measured["value"] if isinstance(measured, dict) else measured
+                found[here] = float("nan") if number is None else float(number)
             found |= misses(value, here)
     return found

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from expunge import Concept, Edit
+from expunge.core.projections import registered_texts
 from expunge.core.token_policy import POLICIES, stream_pairs, stream_rows
 from expunge.erase.diffusion.uce import UCE
 from expunge.errors import SettingError, UnsupportedModel
+from expunge.method import Prompt
+from expunge.models.base import Companions
 from expunge.testing import tiny_diffusion
 
 STAR = Concept("star", phrases=("red star",), anchor="circle")
@@ -130,6 +133,25 @@ def test_phrases_and_templates_are_erased_too(model):
     assert count(UCE()) == 2 and count(UCE(erase_phrases=False)) == 1
     assert count(UCE(expand_prompts=True)) == 12
     assert count(UCE(templates=("a photo of {}",))) == 4
+
+
+def test_prompts_of_a_world_are_erased_in_context_and_general_ones_kept():
+    def prompts(name, n, seed=0, split="test", route="name"):
+        assert split == "development"  # an eraser never sees test prompts
+        word = "red star" if route == "phrase" else name
+        return [Prompt(f"a photo of a {word} {i}", seed=i) for i in range(n)]
+
+    own = tiny_diffusion()
+    own.companions = Companions(
+        "toy", concept=lambda name: STAR, unrelated=("heart", "star"), prompts=prompts
+    )
+    pairs, general = registered_texts(own, [STAR], None, 2, 3)
+    assert pairs[:2] == [(f"a photo of a star {i}", f"a photo of a circle {i}") for i in range(2)]
+    assert len(pairs) == 4 and all("star" not in new for _, new in pairs)
+    assert general == [f"a photo of a heart {i}" for i in range(3)]
+    report = UCE(context_prompts=2, general_prompts=3).erase(own, STAR).manifest.report
+    assert report["pairs"] == 6 and report["kept"] == 3 and report["drift"] > 0
+    assert registered_texts(tiny_diffusion(), [STAR], None, 2, 3) == ([], [])
 
 
 def test_tensor_removes_the_direction_of_the_concept(model):

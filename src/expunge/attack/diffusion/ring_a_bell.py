@@ -131,9 +131,8 @@ class RingABell(Attack):
                         trials.show_condition(item, wanted)
                         found = [{"eta": eta, "plain_distance": away} for _ in item]
                     else:
-                        limit = budget.encoder_rows and budget.encoder_rows // len(self.eta) // len(
-                            lengths
-                        )
+                        versions = len(self.eta) * len(lengths)
+                        limit = budget.encoder_rows and budget.encoder_rows // versions
                         rows = Ledger(len(item), limit)
                         keys = item_keys([part[i] for i in item])
                         with original.lifted():
@@ -155,7 +154,7 @@ class RingABell(Attack):
                         ]
                     for i, version in zip(item, found, strict=True):
                         details[i].append(version)
-            return trials, trials.attempts([{"versions": versions} for versions in details])
+            return trials, trials.attempts([{"versions": made} for made in details])
 
         items, pictures = in_batches(prompts, self.batch, one)
         return assembled(self, judge, budget, seed, items, pictures, meter.read())

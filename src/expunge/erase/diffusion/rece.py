@@ -64,7 +64,17 @@ class RECE(Eraser):
         "paper:object": {"epochs": 1, "derive_ridge": 1e-3},
         "paper:style": {"epochs": 1, "derive_ridge": 1e-3, "guide": "art"},
         "paper:unsafe": {"epochs": 3, "derive_ridge": 0.1, "empty_per_concept": True},
-        "world": {"epochs": 2, "derive_ridge": 1e-3, "ridge": 0.1, "expand_prompts": True},
+        # As UCE's, chosen on development prompts by what moves in embedding space.
+        "world": {
+            "epochs": 1,
+            "derive_ridge": 1e-3,
+            "ridge": 5.0,
+            "epoch_ridge": 5.0,
+            "preserve_scale": 0.3,
+            "epoch_preserve_scale": 1.0,
+            "context_prompts": 100,
+            "general_prompts": 400,
+        },
     }
 
     epochs: int = setting(1, "Rounds of deriving and erasing", minimum=0)

@@ -62,7 +62,15 @@ class UCE(Eraser):
         "paper:style": {"guide": "art"},
         "paper:unsafe": {},
         "2023": {"tokens": "last_token_to_end_aligned"},
-        "world": {"tokens": "last_token_to_end_aligned", "expand_prompts": True, "ridge": 0.1},
+        # Chosen on development prompts, by what moves in embedding space.  The world's prompts lie so
+        # close together that without general prompts an edit moves everything.
+        "world": {
+            "tokens": "last_token_to_end_aligned",
+            "ridge": 5.0,
+            "preserve_scale": 0.3,
+            "context_prompts": 100,
+            "general_prompts": 400,
+        },
     }
 
     erase_scale: float = setting(1.0, "Weight a of the erased rows", minimum=0)

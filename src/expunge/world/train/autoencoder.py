@@ -4,7 +4,10 @@
 
 The loss is the absolute error, the absolute error of the picture's differences (edges and fine textures
 carry most of what an observer names), that of the picture averaged over 4 x 4 pixels (thin strokes lose their
-colour first) and a small Kullback-Leibler term that keeps latents smooth enough for a diffusion model.  The scaling factor is measured at the end: latents of training pictures get unit variance.
+colour first) and a small Kullback-Leibler term that keeps latents smooth enough for
+a diffusion model.
+
+The scaling factor is measured at the end: latents of training pictures get unit variance.
 """
 
 from __future__ import annotations
