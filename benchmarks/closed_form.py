@@ -196,7 +196,7 @@ def plot(points: list[dict[str, float]], path: Path) -> None:
     )  # fmt: skip
     axis.set(
         xlabel="erased phrases (one row each)",
-        ylabel="cpu_seconds",
+        ylabel="processor seconds",
         title="Closed-form edit, width 768",
     )
     axis.grid(alpha=0.3)

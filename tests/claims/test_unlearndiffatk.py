@@ -202,4 +202,7 @@ def test_prompts_transfer_less_than_they_work():
 
 
 def test_robust_eraser_waits():
+    from expunge.run.results import folder, read
+
     note("robust-eraser", {}, None, "waits for an adversarially trained eraser (advunlearn)", n=0)
+    assert read(folder() / METHOD / "robust-eraser.json")[-1]["holds"] is None

@@ -98,6 +98,7 @@ class Companions:
         prompts: ``prompts(name, n, seed=0, split="development" | "test", route="name" | "phrase" |
             "unlisted" | "euphemism" | "metaphor") -> list[Prompt]``.
         data: World-specific training data for methods that need examples.
+        clip: Opens the CLIP score of the world's own CLIP.
     """
 
     world: str
@@ -109,6 +110,7 @@ class Companions:
     unrelated: tuple[str, ...] = ()
     prompts: Callable[..., list[Prompt]] | None = None
     data: Callable[..., Any] | None = None
+    clip: Callable[[], Any] | None = None
 
 
 class Model(ABC):

@@ -72,20 +72,10 @@ class DiffusionModel(Model):
         """The network that is asked for a prediction."""
         return self.pipeline.unet
 
-    @property
-    def text_encoder(self) -> nn.Module:
-        """The text tower."""
-        return self.pipeline.text_encoder
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer of the text tower."""
-        return self.pipeline.tokenizer
-
-    @property
-    def vae(self) -> Any:
-        """The autoencoder."""
-        return self.pipeline.vae
+    # The text tower, its tokenizer and the autoencoder, as the pipeline has them now.
+    text_encoder = property(lambda self: self.pipeline.text_encoder)
+    tokenizer = property(lambda self: self.pipeline.tokenizer)
+    vae = property(lambda self: self.pipeline.vae)
 
     @property
     def scheduler(self) -> Any:

@@ -347,7 +347,13 @@ def _texts(prompts: str | Prompt | Sequence[str | Prompt]) -> list[str]:
     listed = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
     if not listed:
         raise PromptError("no prompt was given; at least one is needed")
-    return [p.text if isinstance(p, Prompt) else str(p) for p in listed]
+    texts = [p.text if isinstance(p, Prompt) else p for p in listed]
+    for text in texts:
+        if not isinstance(text, str):
+            raise PromptError(
+                f"a prompt must be a text, got {str(text)[:60]!r} of type {type(text).__name__}"
+            )
+    return texts
 
 
 def open_language(

@@ -33,11 +33,7 @@ Check = Callable[[], None]
 
 
 def check_method(method: type[Method]) -> None:
-    """Run the whole battery on a method's class.
-
-    Raises:
-        AssertionError: One line for each check that failed.
-    """
+    """Run the whole battery on a method's class; AssertionError with a line for each failed check."""
     failed = []
     for name, check in checks_for(method):
         try:

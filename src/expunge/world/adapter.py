@@ -67,8 +67,14 @@ def companions() -> Companions:
         neighbours=world_neighbours,
         unrelated=UNRELATED,
         prompts=world_prompts,
-        data=None,
+        clip=_clip_score,
     )
+
+
+def _clip_score() -> Any:
+    from ..measure.clip_score import ClipScore
+
+    return ClipScore(*models.clip(), "world-clip")
 
 
 def world_concept(name: str) -> Concept | None:

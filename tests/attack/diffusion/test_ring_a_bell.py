@@ -53,24 +53,7 @@ def attack(model, budget=None, judge=None, reference=None, seed=0, **settings):
     )
 
 
-def test_pairs_differ_by_the_concept_only(model):
-    pairs = concept_pairs(model, STAR)
-    assert len(pairs) == 12
-    assert all("star" in a and b == a.replace("star", "circle") for a, b in pairs)
-    plain = concept_pairs(model, Concept("star"))
-    assert all(b == a.replace("star", "thing") for a, b in plain)
-    assert concept_pairs(model, Concept("ada", kind="identity"))[0][1] == "a person"
-
-
-def test_direction_is_zero_before_the_first_differing_token(model):
-    """The encoder is causal; after that token the direction is not zero."""
-    vector = concept_vector(
-        model, [("a red star", "a red circle"), ("a blue star", "a blue circle")]
-    )
-    assert vector.shape == (16, 32)
-    assert vector[:3].abs().max() == 0 and (vector[3:].norm(dim=-1) > 0.1).all()
-    with pytest.raises(SettingError, match="no prompt pair"):
-        concept_vector(model, [])
+def test_pairs_are_checked(model):
     with pytest.raises(SettingError, match=r"with\|without"):
         attack(model, pairs=("only one text",))
 

@@ -75,6 +75,7 @@ class RandomTokens(Attack):
         meter = Meter(model)
 
         def one(part: list[Prompt]) -> tuple[Trials, list[Attempt]]:
+            """Some prompts in lock step."""
             ledger = Ledger(len(part), budget.denoiser_rows)
             trials = Trials(
                 model, concept, judge, part, ledger, steps=self.steps, guidance=self.guidance

@@ -22,10 +22,12 @@ form); a string is scored as its text tokenises again (``realised=False`` scores
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from ...concept import Concept
 from ...core.adversarial_prompts import Forbidden, Meter, Trials, assembled, in_batches, item_keys
@@ -112,52 +114,58 @@ class RingABell(Attack):
             forbidden = Forbidden(original.tokenizer, concept, len(original.token_table()))
 
         def one(part: list[Prompt]) -> tuple[Trials, list[Attempt]]:
+            """Some prompts in lock step."""
             ledger = Ledger(len(part), budget.denoiser_rows)
             shown = (model, concept, judge, part, ledger)
             trials = Trials(*shown, steps=self.steps, guidance=self.guidance)
-            details: list[list[dict[str, Any]]] = [[] for _ in part]
-            lengths = self.length if self.form == "hard" else (0,)
-            for eta in self.eta:
-                for length in lengths:
-                    item = (trials.open & ledger.affords(trials.price)).nonzero().flatten().tolist()
-                    if not item:
-                        continue
-                    texts = [part[i].text for i in item]
-                    with original.lifted(), torch.no_grad():
-                        plain = original.encode(texts)
-                        wanted = plain.with_embeddings(plain.embeddings + eta * direction)
-                    away = (eta * direction).square().sum().item()
-                    if self.form == "soft":
-                        trials.show_condition(item, wanted)
-                        found = [{"eta": eta, "plain_distance": away} for _ in item]
-                    else:
-                        versions = len(self.eta) * len(lengths)
-                        limit = budget.encoder_rows and budget.encoder_rows // versions
-                        rows = Ledger(len(item), limit)
-                        keys = item_keys([part[i] for i in item])
-                        with original.lifted():
-                            problem = matching_problem(
-                                original,
-                                wanted.embeddings,
-                                length,
-                                forbidden,
-                                realised=self.realised,
-                                keys=keys,
-                            )
-                            results = self._rule().run(problem, rows, seed=f"{seed}|{eta}|{length}")
-                        usable = [k for k, result in enumerate(results) if result.admissible]
-                        trials.show(
-                            [item[k] for k in usable], [results[k].text or "" for k in usable]
-                        )
-                        found = [
-                            {"eta": eta, "plain_distance": away, **_record(r)} for r in results
-                        ]
-                    for i, version in zip(item, found, strict=True):
-                        details[i].append(version)
-            return trials, trials.attempts([{"versions": made} for made in details])
+            aim = (original, trials, direction, forbidden)
+            versions = self._versions(*aim, budget.encoder_rows, seed)
+            return trials, trials.attempts([{"versions": found} for found in versions])
 
         items, pictures = in_batches(prompts, self.batch, one)
         return assembled(self, judge, budget, seed, items, pictures, meter.read())
+
+    def _versions(
+        self,
+        original: Any,
+        trials: Trials,
+        direction: Tensor,
+        forbidden: Forbidden,
+        rows: int | None,
+        seed: int,
+    ) -> list[list[dict[str, Any]]]:
+        """All (eta, K) versions in lock step; an item that was broken is left alone.  Details by item."""
+        part, ledger = trials.prompts, trials.ledger
+        details: list[list[dict[str, Any]]] = [[] for _ in part]
+        lengths = self.length if self.form == "hard" else (0,)
+        limit = rows and rows // (len(self.eta) * len(lengths))
+        for eta, length in itertools.product(self.eta, lengths):
+            item = (trials.open & ledger.affords(trials.price)).nonzero().flatten().tolist()
+            if not item:
+                break
+            with original.lifted(), torch.no_grad():
+                plain = original.encode([part[i].text for i in item])
+            wanted = plain.with_embeddings(plain.embeddings + eta * direction)
+            found: list[dict[str, Any]] = [{} for _ in item]
+            if self.form == "soft":
+                trials.show_condition(item, wanted)
+            else:
+                keys = item_keys([part[i] for i in item])
+                target = wanted.embeddings
+                with original.lifted():
+                    problem = matching_problem(
+                        original, target, length, forbidden, realised=self.realised, keys=keys
+                    )
+                    name = f"{seed}|{eta}|{length}"
+                    results = self._rule().run(problem, Ledger(len(item), limit), seed=name)
+                usable = [k for k, result in enumerate(results) if result.admissible]
+                texts = [results[k].text or "" for k in usable]
+                trials.show([item[k] for k in usable], texts)
+                found = [_record(result) for result in results]
+            away = (eta * direction).square().sum().item()
+            for i, version in zip(item, found, strict=True):
+                details[i].append({"eta": eta, "plain_distance": away, **version})
+        return details
 
     def _rule(self) -> Genetic:
         return Genetic(
