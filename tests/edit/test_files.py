@@ -218,3 +218,22 @@ def test_a_file_of_another_model_is_a_sentence(content, tmp_path):
     with pytest.raises(WrongBase, match="other weights"):
         Edit.load(path).apply(other)
     assert same(other, before)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        {"id": "x", "components": [], "exact": {}},
+        {"id": "x", "components": {"unet": {"structure": "s", "dtype": "load", "sample": []}}, "exact": {}},
+        {"id": "x", "components": {"unet": {"structure": "s", "dtype": "float32", "sample": ["a"]}}, "exact": {}},
+        {"id": "x", "components": {"unet": 3}, "exact": {}},
+        {"id": "x", "components": {}, "exact": []},
+    ],
+)
+def test_a_malformed_base_is_refused_before_it_is_compared(base):
+    from pydantic import ValidationError
+
+    from expunge.edit import Manifest
+
+    with pytest.raises(ValidationError):
+        Manifest(kind="dense", method="uce", version=1, concepts=[], base=base)

@@ -15,6 +15,8 @@ __all__ = ["FORMAT", "Kind", "Manifest", "Target"]
 FORMAT: Literal[1] = 1
 """Raised when older readers would misread a file."""
 
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+
 Kind = Literal["dense", "low-rank", "shared-low-rank", "gated-adapter", "control"]
 
 
@@ -73,7 +75,17 @@ class Manifest(_Strict):
 
     @field_validator("base")
     @classmethod
-    def _base_has_fingerprint(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _base_is_a_fingerprint(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Check the inner shape too: it is compared with a model's before anything is applied."""
         if not {"id", "components", "exact"} <= set(value):
             raise ValueError("base must hold id, components and exact")
+        exact, components = value["exact"], value["components"]
+        if not isinstance(exact, dict) or not isinstance(components, dict):
+            raise ValueError("base.components and base.exact must be mappings")
+        for name, part in components.items():
+            whole = isinstance(part, dict) and {"structure", "dtype", "sample"} <= set(part)
+            if not whole or part["dtype"] not in DTYPES or not isinstance(part["sample"], list):
+                raise ValueError(f"base.components.{name} must hold structure, dtype and sample")
+            if not all(isinstance(number, (int, float)) for number in part["sample"]):
+                raise ValueError(f"base.components.{name}.sample must be numbers")
         return value
