@@ -224,8 +224,16 @@ def test_a_file_of_another_model_is_a_sentence(content, tmp_path):
     "base",
     [
         {"id": "x", "components": [], "exact": {}},
-        {"id": "x", "components": {"unet": {"structure": "s", "dtype": "load", "sample": []}}, "exact": {}},
-        {"id": "x", "components": {"unet": {"structure": "s", "dtype": "float32", "sample": ["a"]}}, "exact": {}},
+        {
+            "id": "x",
+            "components": {"unet": {"structure": "s", "dtype": "load", "sample": []}},
+            "exact": {},
+        },
+        {
+            "id": "x",
+            "components": {"unet": {"structure": "s", "dtype": "float32", "sample": ["a"]}},
+            "exact": {},
+        },
         {"id": "x", "components": {"unet": 3}, "exact": {}},
         {"id": "x", "components": {}, "exact": []},
     ],
