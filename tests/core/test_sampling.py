@@ -93,7 +93,7 @@ def test_another_process_finds_them_in_the_folder(tmp_path: Any) -> None:
     fresh = Echo()
     assert outputs(fresh, PROMPTS, cache=OutputCache(tmp_path)).shape == (4, 1, 1, 3)
     assert fresh.made == 0
-    assert not list(tmp_path.rglob("*.partial"))
+    assert all(f.suffix == ".npz" for f in tmp_path.rglob("*") if f.is_file())
 
 
 def test_seeds_of_a_prompt_meet_no_other_prompts_seeds() -> None:

@@ -229,11 +229,7 @@ def _erase(
     with common.quietly(), contextlib.ExitStack() as stack:
         for file in below or []:
             stack.enter_context(Edit.load(file).on(model))
-        judge = (
-            model.companions.judge()
-            if model.companions is not None and model.companions.judge
-            else None
-        )
+        judge = common.own_judge(model)
         edit = eraser.erase(model, wanted, keep=keep or (), judge=judge, seed=seed, run=out / "run")
     edit.save(out / "edit.safetensors")
     atomic_write(
@@ -272,11 +268,7 @@ def _audit(
 ) -> Any:  # fmt: skip
     from ..evidence import audit as run_audit
 
-    own = (
-        model.companions.judge()
-        if model.companions is not None and model.companions.judge
-        else None
-    )
+    own = common.own_judge(model)
     if judge is not None and (own is None or judge != own.id):
         raise SettingError(f"judge {judge!r} is unknown{nearest(judge, [own.id] if own else [])}")
     ids: Any = (

@@ -13,6 +13,7 @@ from ..errors import PromptError, SettingError, nearest
 
 if TYPE_CHECKING:
     from ..concept import Concept
+    from ..method import Judge
     from ..models.base import Model
 
 
@@ -131,3 +132,9 @@ def read_prompts(file: Path) -> list[Any]:
     if not found:
         raise PromptError(f"{file.name}: holds no prompt")
     return found
+
+
+def own_judge(model: Model) -> Judge | None:
+    """The judge a world registered beside the model, or ``None``."""
+    companions = model.companions
+    return companions.judge() if companions is not None and companions.judge is not None else None

@@ -10,9 +10,9 @@ the original and of the never model ready.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-import tempfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..edit.files import atomic_write
 from ..errors import PromptError
 from ..method import Outputs, Prompt
 
@@ -106,18 +107,9 @@ class OutputCache:
 
     def _write(self, key: str, output: Any) -> None:
         assert self.folder is not None
-        folder = self.folder / key[:2]
-        folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, suffix=".partial")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                np.savez(stream, output=np.asarray(output))
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, folder / f"{key}.npz")
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        archive = io.BytesIO()
+        np.savez(archive, output=np.asarray(output))
+        atomic_write(self.folder / key[:2] / f"{key}.npz", archive.getvalue())
 
 
 def _size(output: Any) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..catalogue import world, worlds
-from ..errors import ModelError, PromptError, UnsupportedModel
+from ..errors import ModelError, UnsupportedModel
 
 if TYPE_CHECKING:
     from .base import Model
@@ -126,14 +126,3 @@ def _hub_layout(text: str) -> str:
             continue
         return layout
     raise ModelError(f"{text}: is neither a diffusers pipeline nor a transformers model on the hub")
-
-
-def check_prompts(texts: list[str]) -> None:
-    """Refuse prompts that no tokenizer can read, naming the first.
-
-    Raises:
-        PromptError: A lone surrogate or a NUL character.
-    """
-    for index, text in enumerate(texts, 1):
-        if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
-            raise PromptError(f"prompt {index} holds a NUL or half a surrogate pair")

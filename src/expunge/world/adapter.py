@@ -9,7 +9,7 @@ from ..errors import ConceptError, ModelError, nearest
 from ..method import Prompt
 from ..models.base import Companions, Model
 from . import captions, models, vocabulary
-from .judge import OracleJudge, entry_name
+from .judge import OracleJudge, entry_name, find_entry
 
 __all__ = [
     "VARIANTS",
@@ -79,13 +79,11 @@ def _clip_score() -> Any:
 
 def world_concept(name: str) -> Concept | None:
     """The world's concept of a name or listed phrase, or ``None``."""
-    for entry in vocabulary.entries().values():
-        if name.lower() == entry.name or name.lower() in entry.phrases:
-            kind = entry.kind if entry.kind in KINDS else "object"
-            return Concept(
-                entry.name, kind=kind, phrases=entry.phrases, anchor=entry.anchor or None
-            )
-    return None
+    entry = find_entry(name)
+    if entry is None:
+        return None
+    kind = entry.kind if entry.kind in KINDS else "object"
+    return Concept(entry.name, kind=kind, phrases=entry.phrases, anchor=entry.anchor or None)
 
 
 def world_neighbours(concept: Concept) -> tuple[str, ...]:
@@ -119,17 +117,13 @@ def world_prompts(
         raise ConceptError(f"{name!r} has no {route}s in the world")
     banned = set(vocabulary.REFERENCE) - {entry.name}
     found: list[Any] = []
-    drawn = captions.prompts_for(entry.name, 2 * n + 8, seed, split, templates, route)
-    for prompt in drawn:
-        if not banned & set(prompt.labels.values()):
-            found.append(prompt)
-    extra = 1
-    while len(found) < n:
-        more = captions.prompts_for(
-            entry.name, 2 * n + 8, seed + 7919 * extra, split, templates, route
+    again = 0
+    while again == 0 or len(found) < n:
+        drawn = captions.prompts_for(
+            entry.name, 2 * n + 8, seed + 7919 * again, split, templates, route
         )
-        found += [prompt for prompt in more if not banned & set(prompt.labels.values())]
-        extra += 1
+        found += [prompt for prompt in drawn if not banned & set(prompt.labels.values())]
+        again += 1
     return [
         Prompt(p.text, seed=p.seed, concept=entry.name, labels=dict(p.labels)) for p in found[:n]
     ]

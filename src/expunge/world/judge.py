@@ -15,7 +15,14 @@ from . import models, vocabulary
 
 __all__ = ["OracleJudge"]
 
-CACHE = 4096
+
+def find_entry(name: str) -> vocabulary.Entry | None:
+    """The world's entry of a name or listed phrase, or ``None``."""
+    wanted = name.lower()
+    for entry in vocabulary.entries().values():
+        if wanted == entry.name or wanted in entry.phrases:
+            return entry
+    return None
 
 
 def entry_name(concept: Concept) -> str:
@@ -25,9 +32,9 @@ def entry_name(concept: Concept) -> str:
         InputError: The world does not have it.
     """
     wanted = concept.name.lower()
-    for entry in vocabulary.entries().values():
-        if wanted == entry.name or wanted in entry.phrases:
-            return entry.name
+    entry = find_entry(wanted)
+    if entry is not None:
+        return entry.name
     raise InputError(
         f"the world's oracle does not know {concept.name!r}{nearest(wanted, vocabulary.concept_names())}"
     )
