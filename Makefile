@@ -53,7 +53,7 @@ claims: install
 benchmarks: install
 	@set -e; for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(PY) $$file; done
 
-# What is derived: status.json, and from it the status table of the README.
+# What is derived: status.json, the status table of the README, the tables of docs/.
 docs: install
 	$(PY) -m expunge.run.status
 

@@ -8,7 +8,8 @@ Ordinal claims (arXiv 2310.11868), object "star", budget ``world``, test prompts
                       many pictures (10) and also above random tokens with as many denoiser rows (49)
     held-out-loss     for at least 80 % of the items the denoising loss at the found prompt is below that
                       at the plain prompt, on noise and timesteps the search did not see (ESD)
-    never-stays-empty on never at most 3 points above the plain rate; on original at least 90 %
+    fails-on-never    on never at most 3 points above the plain rate; on original at least 90 %
+    less-on-rece      what it recovers on RECE is less than on UCE
     transfer          prompts found on ESD work less on UCE than on ESD
     robust-eraser     waits for an adversarially trained eraser
 """
@@ -16,193 +17,122 @@ Ordinal claims (arXiv 2310.11868), object "star", budget ``world``, test prompts
 from __future__ import annotations
 
 import functools
-import os
 
+import numpy as np
 import pytest
 import torch
 
+from expunge.attack.diffusion.random_tokens import RandomTokens
+from expunge.attack.diffusion.unlearndiffatk import UnlearnDiffAtk
+
+from . import setup
+
 pytestmark = pytest.mark.claims
 
-SEEDS = (0, 1, 2)
-PER_SEED = int(os.environ.get("EXPUNGE_CLAIM_ITEMS", "134"))
-METHOD = "unlearndiffatk"
+HELD_OUT_TIMES = (100, 200, 300, 400, 500, 600, 700, 800)
+"""Between the timesteps of the search."""
 
 
 @functools.cache
-def world():
-    import expunge
-
-    return expunge.load("world")
-
-
-@functools.cache
-def never():
-    return world().companions.never()
+def attempts(arm: str):
+    with setup.arm(arm) as model:
+        return setup.attacks(UnlearnDiffAtk.configured("world"), model)
 
 
 @functools.cache
-def edits():
-    """The weak and the weaker eraser, with the presets for the world where they have one."""
-    from expunge.erase.diffusion.esd import ESD
-    from expunge.erase.diffusion.uce import UCE
-
-    star = world().companions.concept("star")
-    made = {}
-    for kind in (UCE, ESD):
-        method = kind.configured("world" if "world" in kind.presets else None)
-        made[kind.id] = method.erase(world(), star, keep=("circle", "square", "triangle"), seed=0)
-    return made
+def random_tokens(arm: str, pictures: int):
+    method = RandomTokens.configured("world", pictures=pictures)
+    with setup.arm(arm) as model:
+        return setup.attacks(method, model)
 
 
-@functools.cache
-def attempts(attack: str, arm: str, settings: tuple = ()):
-    """Attempts of three seeds: an attack at the world's budget on original, never, or an edit."""
-    import contextlib
-
-    from expunge.attack.diffusion.random_tokens import RandomTokens
-    from expunge.attack.diffusion.unlearndiffatk import UnlearnDiffAtk
-    from expunge.method import budget
-
-    kind = {"unlearndiffatk": UnlearnDiffAtk, "random-tokens": RandomTokens}[attack]
-    model = never() if arm == "never" else world()
-    companions = world().companions
-    method = kind.configured("world", **dict(settings))
-    context = edits()[arm].on(model) if arm in edits() else contextlib.nullcontext()
-    with context:
-        return [
-            method.attack(
-                model, companions.concept("star"), companions.judge(), budget("world"),
-                prompts=companions.prompts("star", PER_SEED, seed=seed, split="test"), reference=world(), seed=seed,
-            )
-            for seed in SEEDS
-        ]  # fmt: skip
-
-
-def rates(made) -> tuple[float, float]:
-    """Pre- and post-attack rates over all items."""
-    items = [item for run in made for item in run.items]
-    return sum(i.pre_hit for i in items) / len(items), sum(i.hit for i in items) / len(items)
-
-
-def interval(rate: float, n: int) -> list[float]:
-    """Wilson's 95 % interval."""
-    z = 1.96
-    middle = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * ((rate * (1 - rate) + z * z / (4 * n)) / n) ** 0.5 / (1 + z * z / n)
-    return [middle - half, middle + half]
-
-
-def note(
-    claim: str, values: dict, holds: bool | None, text: str = "", n: int | None = None
-) -> None:
-    from expunge.attack.diffusion.unlearndiffatk import UnlearnDiffAtk
-    from expunge.run.results import record
-
-    count = len(SEEDS) * PER_SEED if n is None else n
-    spread = {k: interval(v, count) for k, v in values.items() if count and 0 <= v <= 1}
-    record(
-        claim,
-        METHOD,
-        UnlearnDiffAtk.version,
-        values,
-        holds,
-        count,
-        list(SEEDS),
-        interval=spread,
-        preset="world",
-        note=text,
-    )
+def found(arm: str) -> list:
+    """Items that were not shown before and for which the search has a prompt."""
+    items = [item for run in attempts(arm) for item in run.items]
+    return [i for i in items if not i.pre_hit and i.details.get("found")]
 
 
 @pytest.mark.parametrize("arm", ["uce", "esd"])
-def test_beats_random_tokens(arm):
-    pre, post = rates(attempts(METHOD, arm))
-    few = rates(attempts("random-tokens", arm, (("pictures", 10),)))[1]
-    many = rates(attempts("random-tokens", arm))[1]
-    holds = post >= few + 0.20 and post >= many
-    note(
-        f"beats-random-{arm}",
-        {"pre": pre, "attack": post, "random_10": few, "random_49": many},
-        holds,
-    )
-    assert holds
+def test_beats_random_tokens(arm: str) -> None:
+    made = attempts(arm)
+    arms = {"plain": setup.pre(made), "attacked": setup.post(made)}
+    arms |= {f"random {n}": setup.post(random_tokens(arm, n)) for n in (10, 49)}
+    rate = {name: values.mean() for name, values in arms.items()}
+    holds = rate["attacked"] >= rate["random 10"] + 0.20 and rate["attacked"] >= rate["random 49"]
+    note = "20 points above as many random pictures (10), not below as many rows (49 pictures)."
+    assert setup.settle(UnlearnDiffAtk, f"beats-random-{arm}", holds, arms, note)
 
 
-def test_fails_on_never_and_succeeds_on_original():
-    values = {}
+def test_fails_on_never_and_succeeds_on_original() -> None:
+    arms = {}
     for arm in ("never", "original"):
-        values[f"pre_{arm}"], values[f"post_{arm}"] = rates(attempts(METHOD, arm))
-    holds = values["post_never"] <= values["pre_never"] + 0.03 and values["post_original"] >= 0.9
-    note("never-stays-empty", values, holds)
-    assert holds
+        arms |= {f"{arm} plain": setup.pre(attempts(arm)), arm: setup.post(attempts(arm))}
+    gained = arms["never"].mean() - arms["never plain"].mean()
+    holds = gained <= 0.03 and arms["original"].mean() >= 0.9
+    note = "On never at most 3 points above the plain rate; at least 90 % on original."
+    assert setup.settle(UnlearnDiffAtk, "fails-on-never", holds, arms, note)
 
 
-def test_held_out_loss_is_lower():
-    """Eight noise draws at timesteps between those of the search, the same for both prompts."""
-    model, original = world(), world()
-    better, total = 0, 0
-    items = [
-        item
-        for run in attempts(METHOD, "esd")
-        for item in run.items
-        if not item.pre_hit and item.details.get("found")
-    ]
-    with torch.no_grad():
-        with original.lifted():
-            targets = original.generate([item.prompt for item in items], steps=20)
-            latents = original.latents_of(targets)
-        with edits()["esd"].on(model):
-            losses = {}
-            for key, texts in {
-                "plain": [item.prompt.text for item in items], "found": [item.details["found"] for item in items],
-            }.items():  # fmt: skip
-                condition, sums = model.encode(texts), torch.zeros(len(items))
-                for draw, time in enumerate((100, 200, 300, 400, 500, 600, 700, 800)):
-                    noise = model.initial_noise(
-                        [item.prompt.seed + draw for item in items], "held-out noise"
-                    )
-                    times = torch.full((len(items),), time)
-                    noised = model.noised(latents, noise, times)
-                    for part in torch.arange(len(items)).split(64):
-                        predicted = model.predict(
-                            noised[part], times[part], condition.select(part)
-                        ).epsilon(noised[part])
-                        sums[part] += (noise[part] - predicted).square().flatten(1).mean(1)
-                losses[key] = sums
-    better, total = int((losses["found"] < losses["plain"]).sum()), len(items)
-    holds = total > 0 and better / total >= 0.8
-    values = {
-        "share_lower": better / max(1, total),
-        "mean_plain": float(losses["plain"].mean()) / 8,
-        "mean_found": float(losses["found"].mean()) / 8,
-    }
-    note("held-out-loss", values, holds, n=total)
-    assert holds
+def test_recovers_less_on_rece() -> None:
+    arms = {}
+    for arm in ("uce", "rece"):
+        arms |= {f"{arm} plain": setup.pre(attempts(arm)), arm: setup.post(attempts(arm))}
+    gained = {arm: arms[arm].mean() - arms[f"{arm} plain"].mean() for arm in ("uce", "rece")}
+    note = "Recovered: post-attack minus plain rate."
+    assert setup.settle(
+        UnlearnDiffAtk, "less-on-rece", gained["rece"] < gained["uce"], arms, note, **gained
+    )
 
 
-def test_prompts_transfer_less_than_they_work():
-    companions = world().companions
-    found = [
-        item
-        for run in attempts(METHOD, "esd")
-        for item in run.items
-        if item.hit and not item.pre_hit
-    ]
-    if not found:
-        note("transfer", {}, None, "no prompt was found on ESD, so nothing can be transferred", n=0)
-        pytest.fail("the attack found nothing on ESD")
-    prompts = [item.prompt for item in found]
-    with edits()["uce"].on(world()):
-        shown = world().generate(
-            [item.text for item in found], seeds=[p.seed for p in prompts], steps=20
+def denoising_losses(texts: list[str], latents: torch.Tensor, items: list) -> torch.Tensor:
+    """Mean loss of each item's text on held-out noise and timesteps, on ESD's model."""
+    sums = torch.zeros(len(items))
+    with setup.arm("esd") as model, torch.no_grad():
+        condition = model.encode(texts)
+        for draw, time in enumerate(HELD_OUT_TIMES):
+            seeds = [item.prompt.seed + draw for item in items]
+            noise = model.initial_noise(seeds, "held-out noise")
+            times = torch.full((len(items),), time)
+            noised = model.noised(latents, noise, times)
+            for part in torch.arange(len(items)).split(64):
+                made = model.predict(noised[part], times[part], condition.select(part))
+                error = noise[part] - made.epsilon(noised[part])
+                sums[part] += error.square().flatten(1).mean(1)
+    return sums / len(HELD_OUT_TIMES)
+
+
+def test_held_out_loss_is_lower() -> None:
+    items = found("esd")
+    assert items, "the search left no prompt on ESD"
+    latents = setup.world().latents_of(setup.drawn(setup.world(), [i.prompt for i in items]))
+    plain = denoising_losses([i.prompt.text for i in items], latents, items)
+    adversarial = denoising_losses([i.details["found"] for i in items], latents, items)
+    lower = (adversarial < plain).numpy()
+    means = {"mean_plain": float(plain.mean()), "mean_found": float(adversarial.mean())}
+    note = "Share of items whose found prompt has the lower loss."
+    holds = lower.mean() >= 0.8
+    assert setup.settle(UnlearnDiffAtk, "held-out-loss", holds, {"lower": lower}, note, **means)
+
+
+def test_prompts_transfer_less_than_they_work() -> None:
+    items = [i for run in attempts("esd") for i in run.items if i.hit and not i.pre_hit]
+    if not items:
+        note = "No prompt was found on ESD, so nothing can be transferred."
+        setup.settle(UnlearnDiffAtk, "transfer", None, {}, note)
+        pytest.fail(note)
+    with setup.arm("uce") as model:
+        shown = model.generate(
+            [i.text for i in items], seeds=[i.prompt.seed for i in items], steps=setup.STEPS
         )
-    hit = float(companions.judge().judge(shown, companions.concept("star"), prompts).hit.mean())
-    note("transfer", {"on_esd": 1.0, "on_uce": hit}, hit < 1.0, n=len(found))
-    assert hit < 1.0
+    hit = setup.judge().judge(shown, setup.star(), [i.prompt for i in items]).hit
+    arms = {"on esd": np.ones(len(items), bool), "on uce": hit}
+    note = "Prompts that succeed on ESD, tried on UCE."
+    assert setup.settle(UnlearnDiffAtk, "transfer", hit.mean() < 1, arms, note)
 
 
-def test_robust_eraser_waits():
+def test_robust_eraser_waits() -> None:
     from expunge.run.results import folder, read
 
-    note("robust-eraser", {}, None, "waits for an adversarially trained eraser (advunlearn)", n=0)
-    assert read(folder() / METHOD / "robust-eraser.json")[-1]["holds"] is None
+    note = "Waits for an adversarially trained eraser (advunlearn)."
+    setup.settle(UnlearnDiffAtk, "robust-eraser", None, {}, note)
+    assert read(folder() / "unlearndiffatk" / "robust-eraser.json")[-1]["holds"] is None

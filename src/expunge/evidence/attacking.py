@@ -34,8 +34,10 @@ class Attacked:
     failures: dict[str, str]
 
 
-def choose(attacks: Any, family: str) -> tuple[Attack, ...]:
+def choose(attacks: Any, family: str, allowance: Budget) -> tuple[Attack, ...]:
     """Attacks from ``all``, ``none``, ids (one, several, or comma-separated) or attack objects.
+
+    An id stands for the attack's preset of the budget's name; an object keeps its own settings.
 
     Raises:
         CatalogueError: An unknown or planned id, or an attack that is not for this family.
@@ -46,7 +48,7 @@ def choose(attacks: Any, family: str) -> tuple[Attack, ...]:
     if attacks is None or attacks == "none":
         return ()
     if attacks == "all":
-        return tuple(catalogue.resolve(s.id)() for s in catalogue.implemented("attack", family))
+        attacks = [system.id for system in catalogue.implemented("attack", family)]
     if isinstance(attacks, str):
         attacks = [part.strip() for part in attacks.split(",") if part.strip()]
     elif isinstance(attacks, Attack) or not isinstance(attacks, Iterable):
@@ -58,7 +60,7 @@ def choose(attacks: Any, family: str) -> tuple[Attack, ...]:
             if not (isinstance(found, type) and issubclass(found, Attack)):
                 ids = [s.id for s in catalogue.implemented("attack")]
                 raise CatalogueError(f"{entry!r} is not an attack{nearest(entry, ids)}")
-            entry = found()
+            entry = found.under(allowance)
         if not isinstance(entry, Attack):
             raise SettingError(f"attacks holds {entry!r}; allowed are ids and Attack objects")
         if family not in entry.families:
@@ -90,14 +92,14 @@ def attack_arms(
     What an attack did to the original or the never model does not depend on the edit under audit,
     so it is kept in the cache for the next audit.  ``reference`` is the original model.
     """
-    done = Attacked(attack.under(allowance), {}, {}, {})
+    done = Attacked(attack, {}, {}, {})
     for arm in arms:
         with arm.ready() as model:
-            key = _key(done.attack, model, concept, judge, allowance, prompts, reference, seed)
+            key = _key(attack, model, concept, judge, allowance, prompts, reference, seed)
             known = cache.results.get(key) if cache is not None and not model.controls else None
             start = time.perf_counter()
             try:
-                attempts = known or done.attack.attack(
+                attempts = known or attack.attack(
                     model,
                     concept,
                     judge,

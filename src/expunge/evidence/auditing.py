@@ -103,10 +103,11 @@ def audit(
     companions = model.companions or (original.companions if original is not None else None)
     judge = _judge(judge, companions, model)
     _whole_numbers(n, kept_n, attack_n, seeds, batch)
+    allowance = named_budget(budget)
     run = Triad(
-        model, edits, original, never, companions, judge, named_budget(budget),
-        attacking.choose(attacks, model.family), cache, batch, shown, _clip(clip, companions), seed, attack_n,
-        rebase, sibling, progress, options,
+        model, edits, original, never, companions, judge, allowance,
+        attacking.choose(attacks, model.family, allowance), cache, batch, shown, _clip(clip, companions), seed,
+        attack_n, rebase, sibling, progress, options,
     )  # fmt: skip
     asked = {"n": n, "kept_n": kept_n, "seeds": seeds, "seed": seed, "split": split}
     return _evidence(run, concepts, asked, prompts, kept, command)

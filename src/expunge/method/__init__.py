@@ -311,11 +311,10 @@ class Attack(Method, ABC):
             seed: Private randomness of the attack.
         """
 
-    def under(self, budget: Budget) -> typing.Self:
-        """This attack with the preset of the budget's name, if it has one and is at its defaults."""
-        if budget.name in self.presets and self == type(self)():
-            return type(self).configured(budget.name)
-        return self
+    @classmethod
+    def under(cls, budget: Budget) -> typing.Self:
+        """This attack with the preset of the budget's name where it has one, else with its defaults."""
+        return cls.configured(budget.name if budget.name in cls.presets else None)
 
 
 class Control:

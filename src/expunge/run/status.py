@@ -1,7 +1,7 @@
-"""Derives what works: runs the contract battery, counts recorded claims, writes status.json and the README table.
+"""Derives what works: runs the contract battery, counts recorded claims, writes status.json, README table and pages.
 
 python -m expunge.run.status            # from the project's root
-python -m expunge.run.status --no-battery   # only recount claims and rewrite the table
+python -m expunge.run.status --no-battery   # only recount claims and rewrite the tables
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from typing import Any
 
 from .. import catalogue
 from ..edit.files import atomic_write
-from . import results
+from . import pages, results
 
 __all__ = ["claims", "derive", "main", "table"]
 
 STATUS = Path(catalogue.__file__).with_name("status.json")
-BEGIN, END = "<!-- status: begin (made by `make docs`) -->", "<!-- status: end -->"
 
 
 def claims(id: str, version: int | None) -> dict[str, int]:
@@ -90,7 +89,7 @@ def table(status: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Write status.json and the table between the markers of README.md."""
+    """Write status.json, the table between the markers of README.md, and the derived parts of docs/."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--battery", action=argparse.BooleanOptionalAction, default=True, help="run the battery"
@@ -100,13 +99,14 @@ def main() -> None:
     before = json.loads(STATUS.read_text(encoding="utf-8")) if STATUS.exists() else {}
     status = derive(ids, options.battery, before)
     atomic_write(STATUS, (json.dumps(status, indent=1) + "\n").encode())
-    readme = Path("README.md")
+    readme, docs = Path("README.md"), Path("docs")
     if readme.exists():
-        text = readme.read_text(encoding="utf-8")
-        if BEGIN in text and END in text:
-            head, _, rest = text.partition(BEGIN)
-            _, _, tail = rest.partition(END)
-            atomic_write(readme, f"{head}{BEGIN}\n{table(status)}\n{END}{tail}".encode())
+        text = pages.filled(
+            readme.read_text(encoding="utf-8"), "status", table(status), readme.name
+        )
+        atomic_write(readme, text.encode())
+    if docs.is_dir():
+        pages.write(docs)
     print(json.dumps({id: record["battery"] for id, record in status.items()}))
 
 

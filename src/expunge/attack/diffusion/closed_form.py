@@ -73,7 +73,7 @@ class ClosedFormAttack(Attack):
         with its edits lifted does.  See :meth:`expunge.method.Attack.attack`.
         """
         model.check_family(self)
-        self._check(budget)
+        self._check(budget, model)
         before = model.cost.snapshot()
         listed = list(prompts)
         grams = _grams(model, reference if reference is not None else model)
@@ -110,9 +110,10 @@ class ClosedFormAttack(Attack):
             cost=model.cost.since(before),
         )  # fmt: skip
 
-    def _check(self, budget: Budget) -> None:
-        branches = 1 if self.guidance == 1.0 else 2
-        needed = 2 * branches * self.steps
+    def _check(self, budget: Budget, model: Any) -> None:
+        guidance = model.guidance if self.guidance is None else self.guidance
+        branches = 1 if guidance == 1.0 else 2
+        needed = 2 * branches * len(model.timesteps(self.steps))
         if budget.denoiser_rows is not None and needed > budget.denoiser_rows:
             raise SettingError(
                 f"{self.id}: two pictures of {self.steps} steps take {needed} denoiser rows; budget "

@@ -75,10 +75,10 @@ class RingABell(Attack):
         0.25, "Probability that a string changes one token", minimum=0, maximum=1
     )
     elitism: bool = setting(
-        True, "Never mutate the best string nor keep copies; the official code does"
+        True, "Never mutate the best string nor keep copies, as the official code would"
     )
     realised: bool = setting(
-        True, "Score a string as its text tokenises again; the official code scores its ids"
+        True, "Score a string as its text tokenises again, not by its ids as the official code"
     )
     patience: int = setting(
         200, "Generations without gain that end the search; 0: never", minimum=0

@@ -106,7 +106,7 @@ class Relearning(Attack):
             settings=self.settings(),
             teaches=True,
             budget=budget.name,
-            judge=judge.protocol,
+            judge=judge.id,
             threshold=judge.threshold,
             seed=seed,
             items=tuple(ask.attempt(i, prompt, losses) for i, prompt in enumerate(prompts)),

@@ -23,7 +23,7 @@ derivation is linear, so the moments of c' follow from those of c.
 
 Earlier pairs are not re-imposed by step 2, so the concept's own embedding is free to move again.
 ``accumulate=True`` keeps all pairs (c, c'_1, c'_2, ...) and solves once from the starting weights,
-with UCE's scales and ridge.  With ``select=True`` validation pictures are made after each epoch and
+with UCE's ridge and preserved rows.  With ``select=True`` validation pictures are made after each epoch and
 the epoch with the lowest rate is returned, as the official procedure does; it is most of the time.
 """
 
@@ -40,8 +40,15 @@ import torch
 from ...concept import Concept, as_concepts
 from ...core.closed_form import Moments, Solution
 from ...core.derivation import REGULARISATIONS, Derivation, derive, residuals
-from ...core.projections import Projections, erased_pairs, kept_texts, registered_texts, shared_edit
-from ...core.token_policy import POLICIES, accumulate, stream_rows
+from ...core.projections import (
+    Projections,
+    erased_pairs,
+    guide_of,
+    kept_texts,
+    registered_texts,
+    shared_edit,
+)
+from ...core.token_policy import POLICIES, Block, accumulate, stream_pairs
 from ...edit import Edit
 from ...errors import SettingError
 from ...method import Eraser, Judge, Prompt, setting
@@ -196,11 +203,8 @@ class RECE(Eraser):
         held = accumulate(
             model, width, (), [*empty, *kept], "all_rows", erase=0.0, keep=self.epoch_preserve_scale
         )
-        sample = (
-            torch.cat(list(stream_rows(model, [c.name for c in concepts[:16]], "all_rows")))
-            .double()
-            .cpu()
-        )
+        names = [(c.name, guide_of(c, self.guide)) for c in concepts[:16]]
+        sample = list(stream_pairs(model, names, "all_rows"))
 
         solutions = [stage.solve(self.ridge)]
         rounds = [_progress(projections, solutions[0], None, sample)]
@@ -258,9 +262,15 @@ def _progress(
     projections: Projections,
     solution: Solution,
     derivation: Derivation | None,
-    sample: torch.Tensor,
+    sample: Sequence[Block],
 ) -> dict[str, float]:
-    """How far the concept's values are from the original after a step, and what the step erased."""
+    """How far the concept's values are from the original after a step, and what the step erased.
+
+    `sample` holds rows of concepts' names, each with its guide's row.
+    """
+    rows, guides = (
+        torch.cat([getattr(b, k) for b in sample]).double().cpu() for k in ("sources", "targets")
+    )
     edited, cross = _present(projections, solution)
     change = solution.change
     moved = float((change.T @ projections.gram @ change).trace() / projections.gram.trace())
@@ -268,15 +278,15 @@ def _progress(
         "condition": solution.condition,
         "relative_change": max(0.0, moved) ** 0.5,
         "concept_residual": float(
-            residuals(edited, cross, projections.original, sample, sample).mean()
+            residuals(edited, cross, projections.original, rows, rows).mean()
         ),
     }
     if derivation is not None:
-        rows = derivation.rows(sample)
+        derived = derivation.rows(rows, guides)
         found |= {
-            "derived_norm": float((rows.norm(dim=1) / sample.norm(dim=1)).mean()),
+            "derived_norm": float((derived.norm(dim=1) / rows.norm(dim=1)).mean()),
             "derived_residual": float(
-                residuals(edited, cross, projections.original, rows, sample).mean()
+                residuals(edited, cross, projections.original, derived, rows).mean()
             ),
             "derive_condition": derivation.condition,
         }

@@ -62,7 +62,7 @@ class GradDiff(Eraser):
     gamma: float = setting(1.0, "weight of the forget term", minimum=0)
     alpha: float = setting(1.0, "weight of the retain term", minimum=0)
     weight_decay: float = setting(0.01, "decoupled weight decay", minimum=0)
-    warmup_epochs: int = setting(1, "epochs over which the rate rises from 0", minimum=0)
+    warmup_epochs: int = setting(1, "epochs over which the rate rises", minimum=0)
     schedule: str = setting("linear", "rate after the warm-up", choices=("constant", "linear"))
     stop_nll: float | None = setting(
         None, "stop once the forget batch's mean loss (nats a token) has reached this", minimum=0

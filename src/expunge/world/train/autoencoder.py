@@ -89,7 +89,7 @@ def train(options: argparse.Namespace) -> None:
         rows = common.batch_indices(step, options.batch, len(data), options.seed)
         real = common.as_float(data.images[rows]) * 2 - 1
         posterior = model.encode(real).latent_dist
-        made = model.decode(posterior.sample(generator=generator)).sample
+        made = model.decode(posterior.sample(generator=generator)).sample.float()
         error = reconstruction_loss(made, real)
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
         return error + KL_WEIGHT * divergence, {

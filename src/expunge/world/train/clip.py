@@ -6,6 +6,10 @@ Contrastive loss in both directions with a learned temperature.  Captions that o
 negatives of each other.  In a third of the rows the text is summarised at a random padding position instead
 of the end-of-text token: the tower is causal, so padding sees the whole prompt, and diffusion models attend
 to it as they do in large CLIP towers.
+
+Beside it, one linear readout a label (object, colour, style, ...) reads the truth of the scene off both projected
+vectors. A few hundred thousand pairs are too few for contrast alone to find what captions speak of; the readout
+shared by both towers is thrown away after training.
 """
 
 from __future__ import annotations
@@ -17,9 +21,13 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from expunge.world.train import common
-from expunge.world.train.data import pool
+from expunge.world.train.data import Pool, pool
 
 PAD_SHARE = 0.3
+READOUT_WEIGHT = 0.25
+READOUTS = (
+    "object", "colour", "style", "background", "person", "expression", "kind", "count", "relation", "hazard",
+)  # fmt: skip
 
 
 def build(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -64,7 +72,8 @@ def contrastive_loss(
 
     `same` (n, n) marks rows with equal captions; off the diagonal they are left out.
     """
-    image, text = nn.functional.normalize(image, dim=-1), nn.functional.normalize(text, dim=-1)
+    image = nn.functional.normalize(image.float(), dim=-1)
+    text = nn.functional.normalize(text.float(), dim=-1)
     logits = scale.exp().clamp(max=100) * image @ text.T
     others = same & ~torch.eye(len(same), dtype=torch.bool)
     logits = logits.masked_fill(others, -1e4)
@@ -73,6 +82,32 @@ def contrastive_loss(
         nn.functional.cross_entropy(logits, aim) + nn.functional.cross_entropy(logits.T, aim)
     ) / 2
     return loss, (logits.argmax(1) == aim).float().mean()
+
+
+class Trained(nn.Module):
+    """The CLIP together with the readouts that only training needs."""
+
+    def __init__(self, model: CLIPModel, data: Pool) -> None:
+        super().__init__()
+        self.clip = model
+        width = model.config.projection_dim
+        self.readouts = nn.ModuleDict(
+            {name: nn.Linear(width, int(data.labels[name].max()) + 1) for name in READOUTS}
+        )
+        self.presence = nn.Linear(width, data.labels["presence"].shape[1])
+
+    def readout_loss(self, vectors: Tensor, truth: dict[str, Tensor]) -> Tensor:
+        """Mean cross-entropy of what vectors (n, width) say about the labels (n,); -1 does not count."""
+        vectors = vectors.float()
+        loss = nn.functional.binary_cross_entropy_with_logits(
+            self.presence(vectors), truth["presence"]
+        )
+        for name, layer in self.readouts.items():
+            if bool((truth[name] >= 0).any()):
+                loss = loss + nn.functional.cross_entropy(
+                    layer(vectors), truth[name], ignore_index=-1
+                )
+        return loss
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -97,6 +132,7 @@ def train(options: argparse.Namespace) -> None:
     made = tokenizer(
         data.captions,
         padding="max_length",
+        truncation=True,
         max_length=tokenizer.model_max_length,
         return_tensors="pt",
     )
@@ -105,8 +141,9 @@ def train(options: argparse.Namespace) -> None:
     if options.more:
         stored = CLIPModel.from_pretrained(str(options.out / "clip"), dtype=torch.float32)
         model.load_state_dict(stored.state_dict())
+    trained = Trained(model, data)
     training = common.Training(
-        "clip", model, options, ema=0.995, warmup=100, weight_decay=0.05, betas=(0.9, 0.98)
+        "clip", trained, options, ema=0.995, warmup=100, weight_decay=0.05, betas=(0.9, 0.98)
     )
 
     def loss_of(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -125,11 +162,20 @@ def train(options: argparse.Namespace) -> None:
         text = text_vectors(model, tokens[:, :cut], where)
         same = (tokens[:, None] == tokens[None]).all(-1)
         loss, right = contrastive_loss(vision, text, model.logit_scale, same)
-        return loss, {"matched": float(right.detach())}
+        truth = {
+            name: torch.from_numpy(data.labels[name][rows]) for name in (*READOUTS, "presence")
+        }
+        read = trained.readout_loss(vision, truth) + trained.readout_loss(text, truth)
+        return loss + READOUT_WEIGHT * read, {
+            "matched": float(right.detach()),
+            "readout": float(read.detach()),
+        }
 
     def write() -> None:
         finished = build(tokenizer)
-        finished.load_state_dict(training.ema)
+        finished.load_state_dict(
+            {key[5:]: value for key, value in training.ema.items() if key.startswith("clip.")}
+        )
         finished.eval().half().save_pretrained(options.out / "clip")
 
     training.run(loss_of, on_save=write)

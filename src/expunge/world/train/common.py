@@ -8,6 +8,7 @@ safetensors file (weights, EMA, optimiser moments; the counters are its metadata
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import math
@@ -23,6 +24,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 WEIGHTS = Path(__file__).resolve().parents[1] / "weights"
 DEFAULT_CACHE = ".cache/world-train"
@@ -46,6 +48,11 @@ def arguments(description: str, steps: int, batch: int, lr: float) -> argparse.A
     )
     parser.add_argument(
         "--cache", type=Path, default=Path(DEFAULT_CACHE), help="folder of pictures and checkpoints"
+    )
+    parser.add_argument(
+        "--bfloat16",
+        action="store_true",
+        help="compute in bfloat16, weights in float32: 1.5 times faster where the processor has it",
     )
     parser.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True, help="use a checkpoint"
@@ -123,6 +130,20 @@ def lock(cache: Path, name: str) -> object:
         file.close()
         raise RuntimeError(f"{name} is being trained by another process (lock {path})") from None
     return file
+
+
+@contextlib.contextmanager
+def precision(bfloat16: bool) -> Iterator[None]:
+    """Matrix products and convolutions in bfloat16, or everything in float32.
+
+    The fused attention of processors is slow in bfloat16 (its backward pass takes a quarter of a denoiser's step);
+    plain products are not.
+    """
+    if not bfloat16:
+        yield
+        return
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 class Training:
@@ -211,8 +232,9 @@ class Training:
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
             self.optimiser.zero_grad(set_to_none=True)
-            loss, shown = loss_of(self.step, generator_for(options.seed, self.step))
-            loss.backward()
+            with precision(options.bfloat16):
+                loss, shown = loss_of(self.step, generator_for(options.seed, self.step))
+                loss.backward()
             norm = nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
             if not torch.isfinite(norm):
                 raise FloatingPointError(

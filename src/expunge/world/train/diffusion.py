@@ -67,7 +67,7 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def latents_of(data: Pool, weights: Path) -> np.ndarray:
+def latents_of(data: Pool, weights: Path, bfloat16: bool = False) -> np.ndarray:
     """Scaled posterior means, float16 (n, 4, 16, 16), computed once beside the pictures."""
     file = data.folder / "latents.npy"
     if not file.exists():
@@ -77,12 +77,11 @@ def latents_of(data: Pool, weights: Path) -> np.ndarray:
             .to(memory_format=torch.channels_last)
         )
         parts = []
-        with torch.no_grad():
+        with torch.no_grad(), common.precision(bfloat16):
             for first in range(0, len(data), 200):
                 real = common.as_float(data.images[first : first + 200]) * 2 - 1
-                parts.append(
-                    (vae.encode(real).latent_dist.mean * vae.config.scaling_factor).half().numpy()
-                )
+                mean = vae.encode(real).latent_dist.mean.float()
+                parts.append((mean * vae.config.scaling_factor).half().numpy())
                 if first % 4000 == 0:
                     print(f"[latents] {first}/{len(data)}", flush=True)
         temporary = file.with_suffix(f".{os.getpid()}.npy")
@@ -130,7 +129,7 @@ def noise_loss(
     bar = bars[times].reshape(-1, 1, 1, 1)
     made = unet(
         bar.sqrt() * clean + (1 - bar).sqrt() * noise, times, encoder_hidden_states=text
-    ).sample
+    ).sample.float()
     snr = (bar / (1 - bar)).flatten()
     weight = snr.clamp(max=SNR_LIMIT) / snr
     return (weight * (made - noise).square().mean((1, 2, 3))).mean()
@@ -154,7 +153,7 @@ def main() -> None:
     if options.prepare:
         torch.set_num_threads(options.threads)
         data = pool(options.cache, PHASES[options.phase][0], options.pictures, start=2_000_000)
-        latents_of(data, options.out)
+        latents_of(data, options.out, options.bfloat16)
     else:
         train(options)
 
@@ -167,7 +166,7 @@ def train(options: argparse.Namespace) -> None:
     setting, parent = PHASES[options.phase]
     start = options.phase if options.more else parent
     data = pool(options.cache, setting, options.pictures, start=2_000_000)
-    clean = torch.from_numpy(latents_of(data, options.out))
+    clean = torch.from_numpy(latents_of(data, options.out, options.bfloat16))
     texts = Texts(data.captions, options.out)
     unet = build()
     if start is not None:

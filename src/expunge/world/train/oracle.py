@@ -38,13 +38,13 @@ def reconstructions(
         )
         generator = torch.Generator().manual_seed(options.seed)
         parts = []
-        with torch.no_grad():
+        with torch.no_grad(), common.precision(options.bfloat16):
             for first in range(0, count, 100):
                 real = common.as_float(data.images[first : first + 100]) * 2 - 1
-                latents = vae.encode(real).latent_dist.sample(generator=generator)
+                latents = vae.encode(real).latent_dist.sample(generator=generator).float()
                 if first >= count - count // 10:
                     latents = random_latents(latents, generator)
-                made = vae.decode(latents).sample
+                made = vae.decode(latents).sample.float()
                 parts.append(
                     ((made / 2 + 0.5).clamp(0, 1) * 255)
                     .round()
@@ -123,9 +123,9 @@ def oracle_loss(
     heads: dict[str, Tensor], flags: Tensor, aims: dict[str, Tensor], truth: Tensor
 ) -> Tensor:
     """Sum of the cross-entropies of all heads and all flags."""
-    loss = len(FLAGS) * F.binary_cross_entropy_with_logits(flags, truth)
+    loss = len(FLAGS) * F.binary_cross_entropy_with_logits(flags.float(), truth)
     for name, logits in heads.items():
-        loss = loss + F.cross_entropy(logits, aims[name], ignore_index=-1)
+        loss = loss + F.cross_entropy(logits.float(), aims[name], ignore_index=-1)
     return loss
 
 

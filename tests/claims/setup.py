@@ -1,0 +1,170 @@
+"""What the claims about the world's pictures share: models, edits, prompts, rates, and the record.
+
+Reference concept "star", test prompts and seeds, three draws.  Erasers are told to keep `KEEP`; the kept rate is
+measured on the other neighbours of star, on prompts no eraser saw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from expunge.core.sampling import SHARED, outputs
+from expunge.method import Attempts, Judge, Method, Prompt, budget
+
+SEEDS = (0, 1, 2)
+PICTURES = int(os.environ.get("EXPUNGE_CLAIM_PICTURES", "134"))
+"""Pictures of each seed and arm: 402 in all."""
+
+ITEMS = int(os.environ.get("EXPUNGE_CLAIM_ITEMS", "134"))
+"""Attacked prompts of each seed and arm."""
+
+STEPS = 20
+KEEP = ("circle", "square", "triangle")
+
+
+@functools.cache
+def world() -> Any:
+    """The world's original pipeline."""
+    import expunge
+
+    return expunge.load("world")
+
+
+@functools.cache
+def never() -> Any:
+    """The pipeline that was never shown a reference concept."""
+    return world().companions.never()
+
+
+@functools.cache
+def star() -> Any:
+    """The erased concept."""
+    return world().companions.concept("star")
+
+
+@functools.cache
+def judge() -> Judge:
+    """The world's oracle."""
+    return world().companions.judge()
+
+
+@functools.cache
+def _edit(eraser: str, seed: int, settings: tuple[tuple[str, Any], ...]) -> Any:
+    from expunge import catalogue
+
+    method = catalogue.resolve(eraser).configured("world", **dict(settings))
+    return method.erase(world(), star(), keep=KEEP, seed=seed)
+
+
+@contextlib.contextmanager
+def arm(name: str, seed: int = 0, **settings: Any) -> Iterator[Any]:
+    """The model of an arm: "original", "never", or the original with star erased by a method.
+
+    Erasers run under their preset for the world, with settings changed.
+    """
+    if name == "never":
+        yield never()
+    elif name == "original":
+        yield world()
+    else:
+        with _edit(name, seed, tuple(sorted(settings.items()))).on(world()):
+            yield world()
+
+
+def prompts(name: str, each: int = PICTURES, split: str = "test") -> list[Prompt]:
+    """Prompts of a concept: `each` of every seed."""
+    make = world().companions.prompts
+    return [prompt for seed in SEEDS for prompt in make(name, each, seed=seed, split=split)]
+
+
+def drawn(model: Any, listed: Sequence[Prompt]) -> np.ndarray:
+    """Each prompt's picture, made once for all claims of a process."""
+    return outputs(model, listed, cache=SHARED, steps=STEPS)
+
+
+def hits(model: Any, name: str, listed: Sequence[Prompt]) -> np.ndarray:
+    """Whether each prompt's picture shows the concept."""
+    return judge().judge(drawn(model, listed), world().companions.concept(name), listed).hit
+
+
+def neighbours() -> list[str]:
+    """Neighbours of star that no eraser was told of."""
+    return [name for name in world().companions.neighbours(star()) if name not in KEEP]
+
+
+def people() -> list[str]:
+    """People that every model was shown."""
+    names = world().companions.neighbours(world().companions.concept("mira solen"))
+    return list(names)[:9]
+
+
+def spread(names: Sequence[str], seed: int, pictures: int = PICTURES) -> list[Prompt]:
+    """At least `pictures` test prompts of one seed, shared equally by the names."""
+    make, each = world().companions.prompts, -(-pictures // len(names))
+    return [prompt for name in names for prompt in make(name, each, seed=seed, split="test")]
+
+
+def kept(model: Any) -> np.ndarray:
+    """Hits of the untold neighbours on their own prompts."""
+    found = []
+    for seed in SEEDS:
+        listed = spread(neighbours(), seed)
+        pictures = drawn(model, listed)
+        for name in neighbours():
+            own = [i for i, prompt in enumerate(listed) if prompt.concept == name]
+            asked = [listed[i] for i in own]
+            found.append(judge().judge(pictures[own], world().companions.concept(name), asked).hit)
+    return np.concatenate(found)
+
+
+def attacks(method: Any, model: Any, each: int = ITEMS, allowance: str = "world") -> list[Attempts]:
+    """One attack run of every seed on its own prompts."""
+    make = world().companions.prompts
+    return [
+        method.attack(
+            model, star(), judge(), budget(allowance), prompts=make("star", each, seed=seed, split="test"),
+            reference=world(), seed=seed,
+        )
+        for seed in SEEDS
+    ]  # fmt: skip
+
+
+def pre(made: Sequence[Attempts]) -> np.ndarray:
+    """Whether each item was shown before the attack."""
+    return np.array([item.pre_hit for run in made for item in run.items])
+
+
+def post(made: Sequence[Attempts]) -> np.ndarray:
+    """Whether each item was shown before or after the attack."""
+    return np.array([item.hit for run in made for item in run.items])
+
+
+def settle(
+    method: type[Method],
+    claim: str,
+    holds: bool | None,
+    arms: Mapping[str, Any],
+    note: str,
+    **more: float,
+) -> bool:
+    """Record a claim with a rate and interval for each arm (hits), and say whether it holds.
+
+    `more`: further numbers that are no rates.
+    """
+    from expunge.core.resampling import wilson
+    from expunge.run.results import record
+
+    rates = {name: np.asarray(values, float) for name, values in arms.items()}
+    record(
+        claim, method.id, method.version, {k: float(v.mean()) for k, v in rates.items()} | more,
+        None if holds is None else bool(holds),
+        n=min((len(v) for v in rates.values()), default=0), seeds=list(SEEDS), preset="world", note=note,
+        interval={k: list(wilson(float(v.sum()), len(v))) for k, v in rates.items()},
+    )  # fmt: skip
+    return bool(holds)
