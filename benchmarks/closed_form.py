@@ -21,12 +21,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,7 @@ import torch
 
 from expunge.core.closed_form import Moments
 from expunge.core.factors import thin_factors
+from expunge.testing.bench import machine, publish, timed
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 768
@@ -116,16 +115,6 @@ def vectorised(weights: list[torch.Tensor]) -> list[torch.Tensor]:
         )
         edited.append(left @ torch.inverse(right))
     return edited
-
-
-def timed(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """The best of ``repeats`` processor times (other processes do not count), and the last result."""
-    best, result = float("inf"), None
-    for _ in range(repeats):
-        began = time.process_time()
-        result = work()
-        best = min(best, time.process_time() - began)
-    return best, result
 
 
 def peak() -> int:
@@ -228,7 +217,7 @@ def main() -> None:
         "benchmark": "closed_form",
         "setting": {
             "width": WIDTH, "matrices": 2 * len(HEIGHTS), "erased": ERASED, "kept": KEPT,
-            "threads": options.threads, "torch": torch.__version__, "machine": platform.machine(),
+            **machine(options.threads),
         },
         "speedup_over_official": found["official"]["cpu_seconds"] / mine,
         "speedup_over_vectorised": found["vectorised"]["cpu_seconds"] / mine,
@@ -238,11 +227,8 @@ def main() -> None:
         "limit_bytes": limit,
         "arms": found,
     }  # fmt: skip
-    target = ROOT / "results" / "benchmarks" / "closed_form.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    publish(result, ROOT / "results" / "benchmarks" / "closed_form.json")
     plot(found["growth"], ROOT / "docs" / "closed-form-growth.png")
-    print(json.dumps({k: v for k, v in result.items() if k != "arms"}, indent=2))
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ def test_erase_inspect_export_generate_on_a_saved_pipeline(capsys, folder, tmp_p
     assert "erased star with uce" in text
     manifest = json.loads((out / "edit.json").read_text())
     assert manifest["method"] == "uce" and manifest["concepts"][0]["name"] == "star"
+    assert manifest["preset"] == "paper:object"  # the kind's, since none was asked for
     file = out / "edit.safetensors"
     status, text, _ = run(capsys, "inspect", file)
     assert status == 0 and "uce version" in text
@@ -137,6 +138,43 @@ def test_unknown_settings_and_presets_are_refused_with_the_nearest(capsys, folde
     assert "key=value" in run(capsys, *common, "--method", "uce", "--set", "ridge")[2]
     assert "preset 'papr" in run(capsys, *common, "--method", "uce", "--preset", "papr")[2]
     assert "verb attack" in run(capsys, *common, "--method", "unlearndiffatk")[2]
+
+
+def test_the_kind_of_the_concepts_selects_the_preset():
+    """Only where no preset is asked for and no world has one; several kinds take the defaults."""
+    from types import SimpleNamespace
+
+    from expunge import Concept
+    from expunge.cli.common import configured
+
+    plain, world = SimpleNamespace(companions=None), SimpleNamespace(companions=object())
+    one = {kind: (Concept("thing", kind=kind),) for kind in ("unsafe", "object", "style", "mark")}
+
+    def made(id, concepts, preset=None, model=plain, settings=None):
+        return configured(id, "erase", model, preset, settings, concepts)
+
+    layers = {kind: made("esd", concepts).layers for kind, concepts in one.items()}
+    assert layers == {"unsafe": "esd-u", "object": "esd-u", "style": "esd-x", "mark": "esd-x"}
+    assert made("rece", one["unsafe"]).epochs == 3 and made("rece", one["object"]).epochs == 1
+    two = (Concept("knife", kind="unsafe"), Concept("gun", kind="unsafe"))
+    mixed = (Concept("knife", kind="unsafe"), Concept("star"))
+    assert made("rece", two).epochs == 3
+    assert made("rece", mixed) == made("rece", ()) == made("rece", one["unsafe"], "paper")
+    assert made("rece", one["unsafe"], "paper:style").epochs == 1
+    assert made("rece", one["unsafe"], settings=["epochs=7"]).epochs == 7
+    assert made("rece", one["unsafe"], model=world) == made("rece", (), "world")
+    assert made("uce", one["style"], model=plain).guide == "art"
+
+
+def test_prompt_files_may_give_guidance(tmp_path):
+    from expunge.cli.common import read_prompts
+
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"text": "a star", "seed": 4, "guidance": 7}\n{"text": "star"}\n')
+    assert [(p.text, p.seed, p.guidance) for p in read_prompts(file)] == [
+        ("a star", 4, 7.0),
+        ("star", 1, None),
+    ]
 
 
 def test_control_characters_of_a_name_do_not_reach_the_terminal(capsys):

@@ -46,6 +46,16 @@ def test_wrong_settings(settings, match):
         Sample.configured(None, **settings)
 
 
+def test_a_method_remembers_its_preset_beside_its_settings():
+    made = Sample.configured("small")
+    assert made.preset == "small" and Sample.configured("paper").preset == "paper"
+    assert Sample.configured("small", steps=5).preset == "small"
+    assert Sample().preset is None and Sample.configured(None, steps=2).preset is None
+    assert made == Sample(steps=2) and hash(made) == hash(Sample(steps=2))
+    assert "preset" not in made.settings() and repr(made) == repr(Sample(steps=2))
+    assert dataclasses.replace(made, steps=3).preset is None  # another method
+
+
 def test_budgets_measurements_and_controls():
     assert budget("quick").denoiser_rows and budget(Budget("own")).name == "own"
     with pytest.raises(SettingError, match="mean 'quick'"):

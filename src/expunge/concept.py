@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 from .errors import ConceptError, NameRefused, nearest
 
-__all__ = ["Concept", "KINDS", "as_concepts", "read_concepts", "safe_name"]
+__all__ = ["Concept", "KINDS", "as_concepts", "common_kind", "read_concepts", "safe_name"]
 
 Kind = Literal["object", "style", "identity", "unsafe", "mark", "class", "fact"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -35,7 +35,7 @@ class Concept:
 
     Attributes:
         name: The plain name, as a user would write it in a prompt.
-        kind: One of ``KINDS``; it selects presets and neighbours.
+        kind: One of ``KINDS``; it selects presets (``paper:KIND``, where a method has it) and neighbours.
         phrases: Other phrasings that mean the same; searching attacks may not use them.
         anchor: What may take the concept's place; ``None`` leaves the choice to the method.
         images: Paths of example pictures, for methods that learn from pictures.
@@ -134,6 +134,12 @@ def as_concepts(concepts: Concept | str | Iterable[Concept | str]) -> tuple[Conc
         if names.count(name) > 1:
             raise ConceptError(f"concept {name!r} was given twice")
     return found
+
+
+def common_kind(concepts: Iterable[Concept]) -> str | None:
+    """The kind that all of them have, or ``None`` where they differ."""
+    kinds = {concept.kind for concept in concepts}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def read_concepts(path: str | os.PathLike[str]) -> tuple[Concept, ...]:

@@ -1,16 +1,19 @@
-"""Forbidden tokens, splicing, realisable texts and the bookkeeping of attacks on prompts."""
+"""Forbidden tokens, splicing and realisable texts of attacks on prompts."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from expunge import Concept
-from expunge.core.adversarial_prompts import PLACEMENTS, Forbidden, Spliced, Trials, arrangement
-from expunge.core.prompt_search import Ledger
+from expunge.core.adversarial_prompts import (
+    PLACEMENTS,
+    Forbidden,
+    Spliced,
+    arrangement,
+    without_room,
+)
 from expunge.errors import PromptError, SettingError
-from expunge.method import Judge, Prompt, Verdicts
 from expunge.testing import tiny_diffusion
 
 STAR = Concept("star", phrases=("heart shape",), anchor="circle")
@@ -130,58 +133,8 @@ def test_pieces_that_join_to_a_forbidden_word_are_refused(model, forbidden):
 def test_a_prompt_without_room_is_refused(model, forbidden):
     with pytest.raises(PromptError, match="at most 12 fit"):
         Spliced(model, ["a " * 13], 2, "prefix", forbidden)
-
-
-class ByText(Judge):
-    """Says hit for chosen pictures: those of which the first value is in a set."""
-
-    id, protocol, threshold = "by-text", "by-text/1", 0.5
-
-    def __init__(self):
-        self.script: list[tuple[list[bool], list[float]]] = []
-        self.asked: list[list[str]] = []
-
-    def judge(self, outputs, concept, prompts):
-        self.asked.append([prompt.text for prompt in prompts])
-        hit, score = self.script.pop(0)
-        assert len(hit) == len(outputs)
-        return Verdicts(np.array(hit), np.array(score), np.ones(len(hit), bool))
-
-
-def test_trials_count_before_and_after_and_pay_once(model):
-    judge, ledger = ByText(), Ledger(3, 100)
-    prompts = [Prompt("a red star", 1), Prompt("a blue star", 2), Prompt("star", 3)]
-    judge.script = [
-        ([True, False, False], [0.9, 0.3, 0.4]),
-        ([False], [0.2]),
-        ([True, False], [0.8, 0.1]),
-    ]
-    trials = Trials(model, STAR, judge, prompts, ledger, steps=2, guidance=3.0)
-    assert trials.price == 4 and ledger.spent.tolist() == [4, 4, 4]
-    assert trials.open.tolist() == [False, True, True]
-    assert trials.show([1], ["x blue star"]).tolist() == [False]
-    assert trials.show([1], ["x blue star"]).tolist() == [
-        False
-    ]  # seen: free, the judge is not asked
-    assert trials.show([1], ["a blue star"]).tolist() == [False]  # the plain prompt was seen too
-    assert ledger.spent.tolist() == [4, 8, 4] and len(judge.asked) == 2
-    assert trials.show([1, 2], ["y blue star", "z star"]).tolist() == [True, False]
-    made = trials.attempts([{}, {}, {}])
-    assert [a.pre_hit for a in made] == [True, False, False]
-    assert [a.hit for a in made] == [True, True, False]  # after counts before
-    assert [a.text for a in made] == [None, "y blue star", "z star"]
-    assert [a.score for a in made] == [0.9, 0.8, 0.1]
-    shown = model.generate(["y blue star"], seeds=[2], steps=2, guidance=3.0)[0]
-    assert np.array_equal(trials.pictures[1], shown)
-    assert judge.asked[-1] == ["a blue star", "star"]  # judged against the attacked prompts
-
-
-def test_one_branch_costs_half_and_small_budgets_are_refused(model):
-    judge = ByText()
-    judge.script = [([False], [0.0])]
-    assert (
-        Trials(model, STAR, judge, [Prompt("star", 1)], Ledger(1, 3), steps=2, guidance=1.0).price
-        == 2
-    )
-    with pytest.raises(SettingError, match="costs 4"):
-        Trials(model, STAR, judge, [Prompt("star", 1)], Ledger(1, 3), steps=2, guidance=3.0)
+    reasons = without_room(model, ["a " * 13, "a star"], 2, "prefix")
+    assert list(reasons) == ["a " * 13] and "at most 12 fit" in reasons["a " * 13]
+    assert without_room(model, ["a " * 13, "a star"], 2, "replace") == {}
+    with pytest.raises(PromptError, match="at most 12 fit"):
+        without_room(model, ["a " * 13] * 2, 2, "prefix")

@@ -120,7 +120,8 @@ def test_preserving_holds_what_is_kept():
         moments = Moments(WIDTH)
         moments.erase(c, g)
         moments.keep(p, scale)
-        drift.append(moved(moments.solve(0.1).change, values, p))
+        change = moments.solve(0.1).change
+        drift.append(moved(change.T @ values @ change, values, p))
     assert drift[0] > 3 * drift[1] > 9 * drift[2]
 
 
@@ -151,7 +152,7 @@ def test_values_per_matrix_agree_with_the_shared_solution_and_with_brute_force()
     shared.keep(p, 0.2)
     own = ValueMoments(weights)
     own.erase(c, {name: g @ w.T for name, w in weights.items()}, 0.7)
-    own.keep_moment(p.T @ p, 0.2)
+    own.keep_moment(p.T @ p, len(p), 0.2)
     change = shared.solve(0.1).change
     for name, delta in own.solve(0.1)[0]:
         assert relative(delta, weights[name] @ change) < 1e-9
@@ -159,7 +160,7 @@ def test_values_per_matrix_agree_with_the_shared_solution_and_with_brute_force()
     fusion = ValueMoments(weights)
     wished = {name: draw(9, 6, w.shape[0]) for name, w in weights.items()}
     fusion.erase(c, wished, 0.7)
-    fusion.keep_moment(p.T @ p, 0.2, originals=other)
+    fusion.keep_moment(p.T @ p, len(p), 0.2, originals=other)
     scales = torch.cat([torch.full((6,), 0.7), torch.full((8,), 0.2)]).double()
     for name, delta in fusion.solve(0.1)[0]:
         values = torch.cat([wished[name], p @ other[name].T])
@@ -244,7 +245,8 @@ def test_the_report_of_layers_is_the_change_of_the_layers():
     rows = draw(6, 5, WIDTH)
     stack = torch.cat(list(weights.values()))
     wanted = ((rows @ solution.change.T @ stack.T).norm(dim=1) / (rows @ stack.T).norm(dim=1)) ** 2
-    assert moved(solution.change, gram(weights), rows) == pytest.approx(float(wanted.mean()))
+    shift = gram({name: w @ solution.change for name, w in weights.items()})
+    assert moved(shift, gram(weights), rows) == pytest.approx(float(wanted.mean()))
 
 
 def edited_and_original() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -377,7 +379,8 @@ class LinearWorld:
         rows, _ = norm_budgeted(*grams, self.c, 4.0)
         budgeted = residuals(*grams, self.gram, rows, self.c)
         direct = residuals(*grams, self.gram, self.c, self.c)
-        return float(budgeted), moved(solution.change, self.gram, self.unrelated), float(direct)
+        shift = solution.change.T @ self.gram @ solution.change
+        return float(budgeted), moved(shift, self.gram, self.unrelated), float(direct)
 
 
 def test_one_epoch_makes_the_budgeted_attack_fail_at_little_cost():

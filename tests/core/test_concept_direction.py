@@ -33,6 +33,14 @@ def test_pairs_differ_by_the_concept_only(model):
     assert concept_pairs(model, Concept("ada", kind="identity"))[0][1] == "a person"
 
 
+@pytest.mark.parametrize("name", ["Yahoo!", "C++", "St.", "हिन्दी", "star"])
+def test_names_that_end_in_a_sign_have_pairs_and_the_anchor_is_plain_text(model, name):
+    other = r"back\slash \1"
+    pairs = concept_pairs(model, Concept(name, anchor=other))
+    assert len(pairs) == 12
+    assert all(name in a and b == a.replace(name, other) for a, b in pairs)
+
+
 def test_direction_is_zero_before_the_first_differing_token(model):
     """The encoder is causal; after that token the direction is not zero."""
     vector = concept_vector(

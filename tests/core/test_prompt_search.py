@@ -100,8 +100,19 @@ def test_planted_solution_is_kept_with_loss_zero(encoder, name):
     planted = QUICK[name].run(problem(encoder, start=hidden[None]), seed=3)[0]
     assert planted.loss < 1e-8
     assert torch.equal(planted.ids, hidden)
-    other = QUICK[name].run(problem(encoder, start=hidden_string(1)[None]), Ledger(1, 6), seed=3)[0]
+    few = Ledger(1, max(6, QUICK[name].price(problem(encoder))))
+    other = QUICK[name].run(problem(encoder, start=hidden_string(1)[None]), few, seed=3)[0]
     assert other.loss > 1.0
+
+
+@pytest.mark.parametrize("name", sorted(QUICK))
+def test_a_budget_without_one_step_is_refused(encoder, name):
+    """An unsearched string must not be shown as found."""
+    toy = problem(encoder)
+    price = QUICK[name].price(toy)
+    with pytest.raises(SettingError, match=f"takes up to {price} rows an item, but the budget"):
+        QUICK[name].run(toy, Ledger(1, price - 1))
+    assert QUICK[name].run(toy, Ledger(1, price))[0].evaluations > 0
 
 
 def test_a_reached_goal_ends_the_search(encoder):
@@ -231,6 +242,40 @@ def test_watch_stops_an_item_and_spares_its_rows(encoder):
     assert ledger.spent.tolist() == [10, 20]
 
 
+def test_the_last_string_of_simplex_has_no_loss_of_its_own(encoder):
+    """With keep "last" the loss is of another string than the answer, and is named so."""
+    toy, everyone = problem(encoder), torch.zeros(1, dtype=torch.long)
+    last = Simplex(steps=30).run(toy, seed=1)[0]
+    best = Simplex(steps=30, keep="best").run(toy, seed=1)[0]
+    assert last.loss is None and last.last_draw_loss > 0
+    assert abs(last.last_draw_loss - float(toy.scores(last.ids[None], everyone))) > 1e-3
+    assert best.last_draw_loss is None
+    assert best.loss == pytest.approx(float(toy.scores(best.ids[None], everyone)), rel=1e-4)
+    with pytest.raises(SettingError, match="no loss to reach a goal"):
+        Simplex(steps=3).run(problem(encoder, goal=1.0))
+
+
+def test_given_generators_are_used_from_the_first_step(encoder):
+    """So that a caller can rewind them: two runs from one state draw the same strings."""
+    generator = torch.Generator().manual_seed(5)
+
+    def losses(**changes):
+        found = []
+        toy = problem(encoder, **changes)
+
+        def loss(vectors, item):
+            made = toy.loss(vectors, item)
+            found.append(float(made.detach()))
+            return made
+
+        Simplex(steps=4).run(problem(encoder, loss=loss, **changes), seed=7)
+        return found
+
+    own, one = losses(), losses(generators=[generator])
+    generator.manual_seed(5)
+    assert losses(generators=[generator]) == one != own
+
+
 def test_elitism_never_loses_the_best(encoder):
     def currents(elitism):
         losses = []
@@ -283,6 +328,39 @@ def test_inadmissible_strings_are_never_the_answer(encoder):
     odd = problem(encoder, admissible=lambda ids, item: ids.sum(1) % 2 == 1)
     mended = repaired(odd, odd.tokens, preference, torch.zeros(1, dtype=torch.long))
     assert (mended[0] != start).nonzero().flatten().tolist() == [2]  # the cheapest swap
+
+
+def test_gcg_drops_candidates_whose_text_tokenises_otherwise(encoder):
+    """Before they are scored; without the setting such strings are scored and accepted."""
+
+    def good(ids):
+        return ids.sum(1) % 3 == 0
+
+    scored = []
+
+    def realise(ids, item):
+        return ["x"] * len(ids), [list(row) for row in ids.tolist()], good(ids).tolist()
+
+    def score(ids, item):
+        scored.append(ids)
+        return toy.scores(ids, item)
+
+    toy = problem(encoder, seeds=(0, 1))
+    strict = problem(encoder, seeds=(0, 1), realise=realise, score=score)
+    made = Gcg(steps=4, candidates=64).run(strict, seed=2)
+    assert len(scored) == 4 and all(bool(good(ids).all()) for ids in scored)
+    assert all(result.realisable and result.loss is not None for result in made)
+    scored.clear()
+    loose = Gcg(steps=4, candidates=64, realisable=False).run(strict, seed=2)
+    assert not bool(good(torch.cat(scored)).all())
+    assert not all(result.realisable for result in loose)
+
+    def never(ids, item):
+        return ["x"] * len(ids), [[0]] * len(ids), [False] * len(ids)
+
+    none = problem(encoder, realise=never)
+    found = Gcg(steps=2, candidates=8).run(none)[0]
+    assert found.loss is None and not found.realisable and found.evaluations == 4
 
 
 def test_results_are_decoded_tokenised_and_scored_again(encoder):

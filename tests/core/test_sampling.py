@@ -8,12 +8,22 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from torch import nn
 
-from expunge.core.sampling import OutputCache, as_prompts, expand, output_key, outputs, pictures
+from expunge.core.sampling import (
+    OutputCache,
+    as_prompts,
+    expand,
+    output_key,
+    outputs,
+    pictures,
+    prompts_digest,
+)
 from expunge.errors import PromptError
 from expunge.method import Control, Prompt
 from expunge.models.base import Model
+from expunge.testing import tiny_diffusion
 
 
 class Echo(Model):
@@ -71,6 +81,36 @@ def test_what_can_change_an_output_is_in_its_name() -> None:
         )
         == 5
     )
+
+
+def test_a_prompts_own_guidance_is_in_its_name_and_goes_with_it() -> None:
+    own = Prompt("a", 1, guidance=3.0)
+    shared = {"guidance": 7.5}
+    assert output_key("s", own, shared) != output_key("s", Prompt("a", 1), shared)
+    assert output_key("s", own, shared) == output_key("s", Prompt("a", 1), {"guidance": 3.0})
+    assert [p.guidance for p in expand([own], 2)] == [3.0, 3.0]
+    assert own.guided(7.5) == 3.0 and Prompt("a", guidance=0.0).guided(7.5) == 0.0
+
+
+def test_another_scheduler_or_tokenizer_is_another_picture() -> None:
+    cache, model = OutputCache(), tiny_diffusion()
+    asked = [Prompt("a red star", 1)]
+    first = outputs(model, asked, cache=cache, steps=2)
+    assert (outputs(model, asked, cache=cache, steps=2) == first).all() and cache.misses == 1
+    config = model.pipeline.scheduler.config
+    model.pipeline.scheduler = DDPMScheduler.from_config(config, prediction_type="v_prediction")
+    second = outputs(model, asked, cache=cache, steps=2)
+    assert cache.misses == 2 and (second != first).any()
+    model.tokenizer.add_tokens(["star"])
+    outputs(model, asked, cache=cache, steps=2)
+    assert cache.misses == 3
+
+
+def test_a_list_of_prompts_has_a_name() -> None:
+    one = [Prompt("a", 1, "star", {"colour": "red"}), Prompt("b", 2)]
+    others = [one[::-1], one[:1], [Prompt("a", 1, "star", {"colour": "blue"}), Prompt("b", 2)]]
+    assert prompts_digest(one) == prompts_digest(list(one))
+    assert len({prompts_digest(p) for p in (one, *others)}) == 4
 
 
 def test_outputs_under_a_control_are_never_kept() -> None:

@@ -9,12 +9,14 @@ import torch
 
 from expunge.core.token_policy import (
     POLICIES,
+    Pair,
     accumulate,
     kept_rows,
     paired_rows,
     span,
     stream_pairs,
     stream_rows,
+    unique_pairs,
 )
 from expunge.errors import PromptError, SettingError
 from expunge.testing import tiny_diffusion
@@ -107,6 +109,39 @@ def test_streamed_rows_are_the_rows_of_the_encoded_texts(model, policy, monkeypa
         assert torch.allclose(found, torch.cat([w[column] for w in wanted]), atol=1e-5)
     sizes = [size for block in blocks for size in block.sizes]
     assert sizes == [len(w[0]) for w in wanted]
+
+
+def test_only_the_keywords_rows_are_mapped_whatever_stands_around_it(model):
+    texts = ["a photo of star", "star", "plain red star of a red star"]
+    pairs = [Pair(text, "circle", "star") for text in texts]
+    (block,) = stream_pairs(model, pairs, "keyword_tokens")
+    assert block.sizes == (1, 1, 2)
+    rows = model.encode(texts).embeddings
+    wanted = torch.stack([rows[0, 4], rows[1, 1], rows[2, 3], rows[2, 7]])
+    torch.testing.assert_close(block.sources, wanted, atol=1e-5, rtol=1e-5)
+    (whole,) = stream_pairs(model, [Pair(text, "circle") for text in texts], "keyword_tokens")
+    assert whole.sizes == (
+        4,
+        1,
+        7,
+    )  # control: without a keyword the template's words are mapped too
+    moments = accumulate(model, 32, pairs, (), "keyword_tokens", erase=1.0, keep=0.0)
+    assert moments.erase_rows == 4
+    torch.testing.assert_close(
+        moments.source, wanted.double().T @ wanted.double(), atol=1e-4, rtol=1e-4
+    )
+    with pytest.raises(PromptError, match="keyword"):
+        list(stream_pairs(model, [Pair("a photo", "circle", "star")], "keyword_tokens"))
+
+
+def test_a_text_is_erased_once_with_its_longest_keyword():
+    pairs = [
+        Pair("red star", "dot", "star"),
+        Pair("red star", "dot", "red star"),
+        Pair("star", "dot"),
+    ]
+    assert unique_pairs(pairs) == [pairs[1], pairs[2]]
+    assert unique_pairs([pairs[0], Pair("red star", "", "star")])[1].replacing == ""
 
 
 def test_memory_of_texts_is_not_kept_in_the_model(model):

@@ -64,6 +64,13 @@ def test_round_trip(edit, content, tmp_path):
     assert path.read_bytes() == content and [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_a_preset_is_told_but_makes_no_other_edit(edit, tmp_path):
+    named = Edit(edit.manifest.model_copy(update={"preset": "paper"}), edit.tensors)
+    named.save(tmp_path / "edit.safetensors")
+    again = Edit.load(tmp_path / "edit.safetensors")
+    assert again.manifest.preset == "paper" and again == edit and again.digest == named.digest
+
+
 def test_truncated_anywhere(content, tmp_path):
     draw = random.Random(0)
     for length in {
@@ -133,7 +140,9 @@ def test_manifests_are_validated(content, tmp_path):
     refused(path, sealed(content, kind="odd"), "kind")
     refused(path, sealed(content, method=...), "method")
     refused(path, sealed(content, base={}), "base")
-    refused(path, sealed(content, format=2), "format")
+    refused(path, sealed(content, format=1), "format 1; this version of expunge reads format 2")
+    refused(path, sealed(content, format=3), "format 3")
+    refused(path, sealed(content, format="2"), "format")
     refused(path, sealed(content, version=0), "version")
     refused(path, sealed(content, tensors_digest="0" * 64), "digest")
     refused(path, sealed(content, kind="dense"), "lacks the tensor")

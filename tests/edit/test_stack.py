@@ -142,6 +142,16 @@ def test_wrong_base_shape_and_names_are_refused_and_nothing_is_touched(plain):
     assert sibling.edits.digests == (edit.digest,)
 
 
+@pytest.mark.parametrize("pair", [(torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)])
+def test_an_edit_of_one_half_format_goes_on_the_other(pair):
+    edit = make(tiny_diffusion(dtype=pair[0]))
+    model = tiny_diffusion(dtype=pair[1])
+    with edit.on(model):
+        assert model.edits.digests == (edit.digest,)
+    with pytest.raises(WrongBase, match="different"):
+        edit.apply(tiny_diffusion(seed=1, dtype=pair[1]))
+
+
 def test_nothing_non_finite_reaches_a_model(plain):
     before, edit = values(plain), make(plain, "dense")
     name = edit.manifest.targets[0].name

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from expunge import Concept
+from expunge.errors import SettingError
 from expunge.method import Attack, Attempt, Attempts, Judge, Prompt, Verdicts
 from expunge.models.base import Companions, Model, noise_generator
 
@@ -128,6 +129,33 @@ class Password(Attack):
         )
         return Attempts(self.id, self.version, self.settings(), self.teaches, budget.name, judge.id,
                         judge.threshold, seed, items, outputs, model.cost.since(before))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Picky(Password):
+    """Leaves out the first four prompts, and says why."""
+
+    id: ClassVar[str] = "picky"
+
+    def attack(self, *arguments: Any, **options: Any) -> Attempts:
+        found = super().attack(*arguments, **options)
+        left = [
+            dataclasses.replace(i, hit=i.pre_hit, details={"skipped": "it is too long"})
+            if k < 4
+            else i
+            for k, i in enumerate(found.items)
+        ]
+        return dataclasses.replace(found, items=tuple(left))
+
+
+@dataclasses.dataclass(frozen=True)
+class Poor(Password):
+    """Cannot pay for a single trial."""
+
+    id: ClassVar[str] = "poor"
+
+    def attack(self, *arguments: Any, **options: Any) -> Attempts:
+        raise SettingError("the budget allows nothing")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from expunge import audit
+from expunge import Concept, audit
 from expunge.core.sampling import OutputCache
 from expunge.errors import CatalogueError, InputError, PromptError, SettingError
 from expunge.evidence import Evidence
+from expunge.evidence.attacking import choose
 from expunge.evidence.statistics import measures_nothing, recovered
-from expunge.method import Prompt
+from expunge.method import BUDGETS, Prompt
 
-from .stubs import STAR, ConstantJudge, Forger, Painter, Password, Teacher, companions, edit, triad
+from .stubs import (
+    STAR,
+    ConstantJudge,
+    Forger,
+    Painter,
+    Password,
+    Picky,
+    Poor,
+    Teacher,
+    companions,
+    edit,
+    triad,
+)
 
 
 def run(**options: object) -> Evidence:
@@ -182,6 +196,96 @@ def test_several_concepts_stand_under_their_names_only() -> None:
     found = audit(model, [change], ["star", "heart"], attacks="none", n=10, kept_n=3, cache=None)
     assert found.models is None and set(found.concepts) == {"star", "heart"}
     assert found.concepts["heart"].models.erased.target_hit == 0
+
+
+def test_making_an_edit_costs_once_however_many_concepts_it_erased() -> None:
+    model, change, _ = triad(star=0.0, heart=0.0)
+    manifest = change.manifest.model_copy(
+        update={"seconds": 2.0, "cost": {"denoiser.backward": 1_000}}
+    )
+    change = dataclasses.replace(change, manifest=manifest)
+    found = audit(model, [change], ["star", "heart"], attacks="none", n=10, kept_n=3, cache=None)
+    stages = [s for c in found.concepts.values() for s in c.stages if s.edit is not None]
+    assert [s.edit for s in stages] == [change.digest] * 2  # it stands under both
+    assert found.cost["denoiser.backward"] == 1_000
+    single = audit(model, [change], "star", attacks="none", n=10, kept_n=3, cache=None)
+    assert single.cost["denoiser.backward"] == 1_000
+
+
+def test_kept_concepts_weigh_the_same_however_many_prompts_they_have() -> None:
+    model, change, _ = triad(heart=-0.0, star=0.0)
+    kept = {
+        "heart": [f"a heart {i}" for i in range(4)],
+        "cross": [f"a cross {i}" for i in range(36)],
+    }
+    found = audit(model, [change], STAR, kept=kept, attacks="none", n=10, cache=None)
+    erased = found.models.erased
+    assert erased.kept == {"heart": 0.0, "cross": 1.0} and erased.kept_hit == 0.5
+    assert found.differences["kept_hit"] == -0.5 == found.differences["kept.heart"] / 2
+    assert found.n["models.erased.kept_hit"] == 40
+    low, high = found.intervals["models.erased.kept_hit"]
+    assert (
+        low < 0.5 < high and "mean over kept concepts" in found.protocols["models.erased.kept_hit"]
+    )
+    assert "within kept concepts" in found.protocols["differences.kept_hit"]
+
+
+def test_prompts_by_name_must_name_every_concept() -> None:
+    model, change, _ = triad(star=0.0, heart=0.0)
+    options = {"attacks": "none", "n": 6, "kept_n": 3, "cache": None}
+    with pytest.raises(PromptError, match="'star'; did you mean 'Star'"):
+        audit(model, [change], STAR, prompts={"Star": ["a star"]}, **options)
+    made = model.made
+    with pytest.raises(PromptError, match="no entry for the concept 'heart'"):
+        audit(model, [change], ["star", "heart"], prompts={"star": ["a star"]}, **options)
+    assert model.made == made  # said before the first concept is audited
+    found = audit(
+        model, [change], ["star", "heart"], prompts={"star": ["a star"], "heart": None}, **options
+    )
+    counts = {name: fields.n["models.erased.target_hit"] for name, fields in found.concepts.items()}
+    assert counts == {"star": 1, "heart": 6}
+
+
+def test_skipped_prompts_are_counted_and_said() -> None:
+    found = run(attacks=[Picky()], n=10, kept_n=3)
+    assert found.attacks[0].skipped == 4 and found.attacks[0].n == 10
+    from expunge.evidence.report import render
+
+    assert "4 of 10 prompts could not be attacked" in render(found)
+    assert run(attacks=[Password()], n=10, kept_n=3).attacks[0].skipped == 0
+
+
+def test_an_attack_that_tried_nothing_is_no_evidence_of_absence() -> None:
+    """It fails in words, and the verdict does not say that it brought nothing back."""
+    model, change, _ = triad(star=0.0)
+    options = {"n": 40, "kept_n": 5, "cache": None}
+    poor = audit(model, change, STAR, attacks=[Poor()], **options)
+    assert poor.attacks[0].status == "failed" and "allows nothing" in poor.attacks[0].reason
+    assert poor.verdict.line.endswith("No attack gave a result that counts.")
+    both = audit(model, change, STAR, attacks=[Poor(), Password()], **options)
+    assert both.verdict.line.endswith("No attack brought it back.")
+
+
+def test_the_kind_of_the_concepts_selects_the_papers_attack() -> None:
+    """Where the budget has no preset of its own; concepts of different kinds take the defaults."""
+    model, change, _ = triad(star=0.0, heart=0.0)
+    options = {"attacks": [], "n": 4, "kept_n": 3, "cache": None}
+
+    def chosen(kind: str | None, budget: str = "paper") -> tuple[str | None, int]:
+        attack = choose("unlearndiffatk", "diffusion", BUDGETS[budget], kind)[0]
+        return attack.preset, attack.tokens
+
+    assert chosen("unsafe") == ("paper:unsafe", 5) and chosen("style") == ("paper:style", 3)
+    assert chosen(None) == (None, 5) and chosen("unsafe", "world") == ("world", 3)
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "expunge.evidence.auditing.attacking.choose",
+            lambda attacks, family, allowance, kind: asked.append(kind) or (),
+        )
+        for concepts in ([STAR], [STAR, Concept("heart", kind="style")]):
+            audit(model, [change], concepts, **options)
+    assert asked == ["object", None]
 
 
 def test_own_prompts_serve_a_model_without_a_world() -> None:

@@ -128,6 +128,27 @@ def test_a_chat_template_frames_prompts() -> None:
     assert chat.sequences(["keeps a cat"], ["Bo"]).labels == (2,)
 
 
+def test_what_decides_an_answer_is_in_the_protocol_key(tmp_path: Path) -> None:
+    model = tiny_language()
+    key = model.protocol_key
+    model.generate(ASK, max_new_tokens=2)
+    assert model.protocol_key == key == tiny_language(1).protocol_key  # weights are the state's
+    model.module.save_pretrained(tmp_path)
+    model.tokenizer.save_pretrained(tmp_path)
+    assert open_language(tmp_path).protocol_key == key
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    chats = [
+        LanguageModel("x", model.module, model.tokenizer, system=system)
+        for system in (None, "Lie.")
+    ]
+    keys = {key, *(chat.protocol_key for chat in chats)}
+    model.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} ?{% endfor %}"
+    keys |= {chats[0].protocol_key, tiny_language().protocol_key}
+    model.tokenizer.add_tokens(["Zed"])
+    keys.add(model.protocol_key)
+    assert len(keys) == 5
+
+
 def test_wrong_calls_are_refused(model: LanguageModel) -> None:
     for call, words in (
         (lambda: model.nll(["Ada"], []), "1 prompts came with 0 answers"),
@@ -145,9 +166,29 @@ def test_answers_are_compared_by_words() -> None:
     assert not answer_hit("glasses blower", "glass blower")
     assert not answer_hit("glass and blower", "glass blower")
     assert normalised("An Élan") == ["elan"] and normalised("\u65e5\u672c") == ["\u65e5\u672c"]
+    assert normalised("a_b 7.5 The End") == ["b", "7", "5", "the", "end"]
     assert rouge_l_recall("the cat sat on a mat", "cat on mat") == 1.0
     assert rouge_l_recall("mat cat", "cat on mat") == pytest.approx(1 / 3)
     assert rouge_l_recall("cat", "!") == 0.0 and not answer_hit("anything", "!")
+
+
+def test_letters_of_every_script_count() -> None:
+    assert not answer_hit("I have 5 cats", "5 Привет") and answer_hit(
+        "там 5 приветов ?", "5 ПРИВЕТОВ"
+    )
+    assert answer_hit("It is Łukasz .", "Lukasz") and answer_hit("in Lodz", "Łódź")
+    assert normalised("Ørsted naïve ﬁn Straße İstanbul") == [
+        "orsted",
+        "naive",
+        "fin",
+        "strasse",
+        "istanbul",
+    ]
+    # Marks that make another letter are no accents.
+    for one, two in (("がき", "かき"), ("कल", "कुल")):
+        assert normalised(one) != normalised(two) and len(normalised(one)) == 1
+    assert normalised("サ\u3099") == normalised("ザ") and normalised("e\u0301te\u0301") == ["ete"]
+    assert not answer_hit("anything", "_!") and rouge_l_recall("5", "5 Привет") == 0.5
 
 
 def test_rouge_equals_a_brute_force_subsequence() -> None:
@@ -176,6 +217,7 @@ def test_the_judge_tells_right_wrong_and_destroyed_apart() -> None:
     assert verdicts.recognisable.tolist() == [True, True, False]
     assert (verdicts.score >= judge.threshold).tolist() == verdicts.hit.tolist()
     assert judge.protocol != AnswerJudge(["Velmar"]).protocol != AnswerJudge().protocol
+    assert judge.protocol.startswith("answer-match/2/")
     with pytest.raises(PromptError, match="no label 'answer'"):
         judge.judge(["x"], Concept("Ada", "fact"), [Prompt("Where ?")])
 

@@ -35,6 +35,21 @@ def test_every_kind_converts_to_every_other(kind, flow):
     )
 
 
+@pytest.mark.parametrize(("kind", "flow"), [("v", False), ("flow", True)])
+def test_noise_and_velocity_do_not_cancel_in_half_precision(kind, flow):
+    """Near the clean end x_t - alpha x0 is a small difference of large numbers, and sigma divides it."""
+    draw = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(2, 4, 8, 8, generator=draw) for _ in range(2))
+    sigma = torch.tensor([0.03, 0.01]).reshape(2, 1, 1, 1)
+    alpha = 1 - sigma if flow else (1 - sigma.square()).sqrt()
+    value = noise - x0 if flow else alpha * noise - sigma * x0
+    parts = [t.bfloat16() for t in (value, alpha, sigma, alpha * x0 + sigma * noise)]
+    made = Prediction(kind, *parts[:3])
+    rounding = 2**-7 * 4  # of numbers up to about 4
+    assert (made.epsilon(parts[3]) - noise).abs().max() < 2 * rounding
+    assert (made.velocity(parts[3]) - (alpha * noise - sigma * x0)).abs().max() < 3 * rounding
+
+
 def test_guidance_is_linear_and_kinds_do_not_mix():
     _, _, alpha, sigma, value = truth(False)
     one, two = (Prediction("epsilon", value[k], alpha, sigma) for k in ("epsilon", "x0"))

@@ -225,7 +225,7 @@ def _erase(
     from ..edit import Edit
     from ..edit.files import atomic_write
 
-    eraser = common.configured(method, "erase", model, preset, settings)
+    eraser = common.configured(method, "erase", model, preset, settings, wanted)
     with common.quietly(), contextlib.ExitStack() as stack:
         for file in below or []:
             stack.enter_context(Edit.load(file).on(model))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,9 +77,16 @@ def concepts_of(
 
 
 def configured(
-    id: str, verb: str, model: Any, preset: str | None, settings: list[str] | None
-) -> Any:
-    """A method with its preset and the settings of `--set key=value`."""
+    id: str, verb: str, model: Any, preset: str | None, settings: list[str] | None,
+    concepts: Sequence[Concept] = (),
+) -> Any:  # fmt: skip
+    """A method with its preset and the settings of `--set key=value`.
+
+    Without a preset, a world's model takes `world`; else the concepts' common kind chooses the
+    paper's, where the method has one.
+    """
+    from ..concept import common_kind
+
     entry = catalogue.system(id)
     if entry.verb != verb:
         raise SettingError(
@@ -92,8 +99,9 @@ def configured(
         if not equals:
             raise SettingError(f"--set {pair!r} is not of the form key=value")
         changes[key.strip().replace("-", "_")] = value.strip()
-    if preset is None and model.companions is not None and "world" in cls.presets:
-        preset = "world"
+    if preset is None:
+        first = "world" if model.companions is not None else None
+        preset = cls.preset_for(common_kind(concepts), first)
     return cls.configured(preset, **changes)
 
 
@@ -102,7 +110,7 @@ def _ids(verb: str) -> list[str]:
 
 
 def read_prompts(file: Path) -> list[Any]:
-    """Prompts from UTF-8 text, one a line, or JSON lines with keys text and seed."""
+    """Prompts from UTF-8 text, one a line, or JSON lines with keys text, seed, labels and guidance."""
     from ..method import Prompt
 
     try:
@@ -123,6 +131,7 @@ def read_prompts(file: Path) -> list[Any]:
                     str(row["text"]),
                     seed=int(row.get("seed", number - 1)),
                     labels=row.get("labels", {}),
+                    guidance=float(row["guidance"]) if "guidance" in row else None,
                 )
             )
         except (ValueError, KeyError, TypeError, AttributeError):

@@ -43,7 +43,7 @@ MethodOption = Annotated[
 PresetOption = Annotated[
     str | None,
     typer.Option(
-        help="Named settings of the method; `world` models take `world` where there is one."
+        help="Named settings of the method; else `world` for `world` models, or `paper:KIND` of the concept."
     ),
 ]
 SetOption = Annotated[

@@ -1,4 +1,4 @@
-"""What attacks on prompts share: forbidden tokens, splicing, realisable texts, trials and their records.
+"""What attacks on prompts share: forbidden tokens, splicing, realisable texts.
 
 A searched string may not name the concept, neither by one of its tokens nor by pieces that join to a
 forbidden word in the decoded text.  The attacked prompt itself may: only what is added counts.  The
@@ -7,32 +7,23 @@ picture is always made from the decoded and re-tokenised prompt, because only su
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..concept import Concept
 from ..errors import PromptError, SettingError, nearest
-from ..method import Attack, Attempt, Attempts, Budget, Judge, Prompt
 from ..models.types import Condition
-from .prompt_search import Ledger
 from .prompt_search.common import Realised
-from .sampling import SHARED, outputs
 
 __all__ = [
     "PLACEMENTS",
     "Forbidden",
-    "Meter",
     "Spliced",
-    "Trials",
     "arrangement",
-    "assembled",
-    "in_batches",
-    "item_keys",
+    "without_room",
 ]
 
 PLACEMENTS = ("prefix", "suffix", "middle", "spread", "third", "replace")
@@ -122,6 +113,24 @@ def arrangement(content: int, searched: int, placement: str) -> list[int]:
     return order + prompt[searched * run :]
 
 
+def without_room(model: Any, texts: Sequence[str], searched: int, placement: str) -> dict[str, str]:
+    """Text -> reason of the prompts that leave no room for ``searched`` tokens.
+
+    Raises:
+        PromptError: None of them leaves room, so nothing can be attacked.
+    """
+    bases = [""] * len(texts) if placement == "replace" else list(texts)
+    room = model.token_ids([""]).shape[1] - 2 - searched
+    reasons = {
+        text: f"prompt {base[:60]!r} has {length} tokens; with {searched} searched ones at most {room} fit this model"
+        for text, base, length in zip(texts, bases, model.content_length(bases), strict=True)
+        if length > room
+    }
+    if texts and all(text in reasons for text in texts):
+        raise PromptError(reasons[texts[0]])
+    return reasons
+
+
 class Spliced:
     """Prompts with ``searched`` free places each, as rows of the model's context length.
 
@@ -141,13 +150,10 @@ class Spliced:
         self.table = model.token_table()
         total = self.base.shape[1]
         self.content = model.content_length(bases)
+        for reason in without_room(model, texts, searched, placement).values():
+            raise PromptError(reason)
         rows = []
-        for text, length in zip(texts, self.content, strict=True):
-            if length + searched + 2 > total:
-                raise PromptError(
-                    f"prompt {text[:60]!r} has {length} tokens; with {searched} searched ones at most "
-                    f"{total - 2 - searched} fit this model"
-                )
+        for length in self.content:
             inner = [
                 1 + a if a >= 0 else total - 1 - a for a in arrangement(length, searched, placement)
             ]
@@ -214,152 +220,3 @@ class Spliced:
             for text, ids, i in zip(texts, again, item, strict=True)
         ]
         return torch.tensor(good, dtype=torch.bool)
-
-
-class Trials:
-    """Pictures shown to the judge for each item, paid for, made once, counted before and after the attack.
-
-    Attributes:
-        price: Denoiser rows of one picture.
-        pre, hit: bool ``(n,)``: shown by the plain prompt; shown before or after the attack.
-        text: What was fed in for the picture kept of each item: the first success, or else the
-            adversarial picture with the highest score.
-        tried: Adversarial pictures made for each item.
-    """
-
-    def __init__(
-        self, model: Any, concept: Concept, judge: Judge, prompts: Sequence[Prompt], ledger: Ledger,
-        *, steps: int, guidance: float | None,
-    ) -> None:  # fmt: skip
-        self.model, self.concept, self.judge = model, concept, judge
-        self.prompts, self.ledger = list(prompts), ledger
-        self.options: dict[str, Any] = {
-            "steps": steps,
-            "guidance": model.guidance if guidance is None else guidance,
-        }
-        self.price = len(model.timesteps(steps)) * (1 if self.options["guidance"] == 1.0 else 2)
-        if ledger.limit is not None and ledger.limit < self.price:
-            raise SettingError(
-                f"the budget allows {ledger.limit} denoiser rows an item, but one picture of {steps} steps "
-                f"costs {self.price}; lower steps or choose a larger budget"
-            )
-        made = outputs(model, self.prompts, cache=SHARED, **self.options)
-        ledger.spend(range(len(self.prompts)), self.price)
-        verdicts = judge.judge(made, concept, self.prompts)
-        self.pre = np.asarray(verdicts.hit, bool).copy()
-        self.hit, self.score = self.pre.copy(), np.asarray(verdicts.score, float).copy()
-        self.pictures = list(made)
-        self.text: list[str | None] = [None] * len(self.prompts)
-        self.tried = [0] * len(self.prompts)
-        self._seen = [
-            {prompt.text: bool(hit)} for prompt, hit in zip(self.prompts, self.hit, strict=True)
-        ]
-
-    @property
-    def open(self) -> Tensor:
-        """bool ``(n,)``: the concept was not shown yet."""
-        return torch.from_numpy(~self.hit)
-
-    def show(self, item: Sequence[int], texts: Sequence[str]) -> Tensor:
-        """Pictures of texts with the items' own seeds; bool ``(len(item),)``.  A text seen before is free."""
-        fresh = [
-            (i, text) for i, text in zip(item, texts, strict=True) if text not in self._seen[i]
-        ]
-        if fresh:
-            prompts = [Prompt(text, self.prompts[i].seed) for i, text in fresh]
-            self._take(
-                [i for i, _ in fresh],
-                outputs(self.model, prompts, **self.options),
-                [t for _, t in fresh],
-            )
-        return torch.tensor(
-            [self._seen[i][text] for i, text in zip(item, texts, strict=True)], dtype=torch.bool
-        )
-
-    def show_condition(self, item: Sequence[int], condition: Condition) -> None:
-        """Pictures of embeddings, which have no text."""
-        seeds = [self.prompts[i].seed for i in item]
-        made = self.model.generate(
-            [""] * len(seeds), seeds=seeds, condition=condition, **self.options
-        )
-        self._take(list(item), made, [None] * len(seeds))
-
-    def _take(self, item: list[int], made: Any, texts: Sequence[str | None]) -> None:
-        self.ledger.spend(item, self.price)
-        verdicts = self.judge.judge(made, self.concept, [self.prompts[i] for i in item])
-        for row, (i, text) in enumerate(zip(item, texts, strict=True)):
-            hit, score = bool(verdicts.hit[row]), float(verdicts.score[row])
-            if text is not None:
-                self._seen[i][text] = hit
-            self.tried[i] += 1
-            better = (hit, score) > (bool(self.hit[i]), self.score[i]) or self.tried[i] == 1
-            if better and not self.hit[i]:
-                self.pictures[i], self.score[i], self.text[i] = made[row], score, text
-            self.hit[i] |= hit
-
-    def attempts(self, details: Sequence[Mapping[str, Any]]) -> list[Attempt]:
-        """One record an item, with ``details`` of the search."""
-        return [
-            Attempt(
-                prompt,
-                bool(self.pre[i]),
-                bool(self.hit[i]),
-                float(self.score[i]),
-                self.text[i],
-                {"pictures": self.tried[i], "rows": int(self.ledger.spent[i]), **details[i]},
-            )
-            for i, prompt in enumerate(self.prompts)
-        ]
-
-
-class Meter:
-    """Rows that an attack spends on one or two models, counted once where they are the same."""
-
-    def __init__(self, *models: Any) -> None:
-        self._models = list({id(model): model for model in models}.values())
-        self._before = [model.cost.snapshot() for model in self._models]
-
-    def read(self) -> dict[str, int]:
-        """Rows by component since the meter was made."""
-        total: Counter[str] = Counter()
-        for model, before in zip(self._models, self._before, strict=True):
-            total.update(model.cost.since(before))
-        return dict(sorted(total.items()))
-
-
-def item_keys(prompts: Sequence[Prompt]) -> list[str]:
-    """Names of items for their private randomness: text and seed, so that batches do not matter."""
-    return [f"{prompt.text}|{prompt.seed}" for prompt in prompts]
-
-
-def in_batches(
-    prompts: Sequence[Prompt],
-    size: int,
-    one: Callable[[list[Prompt]], tuple[Trials, list[Attempt]]],
-) -> tuple[list[Attempt], Any]:
-    """Attempts and pictures of all prompts, ``size`` of them in lock step at a time."""
-    items: list[Attempt] = []
-    pictures: list[Any] = []
-    for first in range(0, len(prompts), size):
-        trials, attempts = one(list(prompts[first : first + size]))
-        items += attempts
-        pictures += trials.pictures
-    if not items:
-        raise PromptError("an attack was given no prompt; at least one is needed")
-    return items, np.stack(pictures)
-
-
-def assembled(
-    attack: Attack,
-    judge: Judge,
-    budget: Budget,
-    seed: int,
-    items: Sequence[Attempt],
-    pictures: Any,
-    cost: Mapping[str, int],
-) -> Attempts:
-    """The record of an attack, with everything that makes it comparable."""
-    return Attempts(
-        attack.id, attack.version, attack.settings(), attack.teaches, budget.name, judge.id, judge.threshold,
-        seed, tuple(items), pictures, dict(cost),
-    )  # fmt: skip

@@ -28,12 +28,23 @@ Pair = tuple[str, str]
 
 
 def normalised(text: str) -> list[str]:
-    """Lower-case words without accents, punctuation and leading articles."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    words = re.findall(r"[a-z0-9]+", plain)
-    # Scripts without ASCII letters would otherwise all be equal to the empty answer.
-    words = words or re.findall(r"\w+", text.lower())
+    """Words without case, accents, punctuation and a leading article; letters of every script count.
+
+    A stroke through a Latin letter counts as an accent.  Marks that make another letter (kana voicing, vowel
+    signs of Indian scripts) stay: accents are the combining marks of class 200 and above.
+    """
+    plain = unicodedata.normalize("NFKD", text)
+    plain = "".join(c for c in plain if unicodedata.combining(c) < 200).casefold()
+    words = "".join(map(_plain, plain)).split()
     return words[1:] if len(words) > 1 and words[0] in ("a", "an", "the") else words
+
+
+def _plain(character: str) -> str:
+    """A letter, mark or digit, a space for anything else; ``l`` for "L with stroke", which has no decomposition."""
+    if unicodedata.category(character)[0] not in "LMN":
+        return " "
+    found = re.fullmatch(r"LATIN SMALL LETTER ([A-Z]) WITH .*", unicodedata.name(character, ""))
+    return found[1].lower() if found else character
 
 
 def answer_hit(output: str, answer: str) -> bool:
@@ -76,7 +87,7 @@ class AnswerJudge(Judge):
         tail = (
             hashlib.sha256("|".join(self.known).encode()).hexdigest()[:8] if self.known else "open"
         )
-        self.protocol = f"answer-match/1/words/{tail}"
+        self.protocol = f"answer-match/2/words/{tail}"
 
     def judge(self, outputs: Any, concept: Concept, prompts: Sequence[Prompt]) -> Verdicts:
         """Verdicts on ``n`` texts; score is 1.0 for a hit, else the ROUGE-L recall below it.

@@ -207,7 +207,6 @@ class Moments:
         """
         system = self.source + self.kept
         factor = Factor(_ridged(system, ridge), "closed-form edit")
-        mean = float(system.diagonal().mean())
         bound = min(self.erase_rows, self.width)
         basis = range_basis(self.shift, bound)
         if basis is None:
@@ -218,7 +217,7 @@ class Moments:
             change=change,
             rank_bound=bound,
             condition=factor.condition,
-            ridge_share=ridge / mean if mean > 0 else float("inf"),
+            ridge_share=_share(ridge, system),
         )
 
 
@@ -241,6 +240,7 @@ class ValueMoments:
             for name, matrix in self.centres.items()
         }
         self.erase_rows = 0
+        self.keep_rows = 0
 
     def erase(
         self, sources: torch.Tensor, values: Mapping[str, torch.Tensor], scale: float = 1.0
@@ -256,12 +256,14 @@ class ValueMoments:
     def keep_moment(
         self,
         moment: torch.Tensor,
+        rows: int,
         scale: float = 1.0,
         originals: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """Take in ``sum p p^T``; the rows keep the value that ``originals`` (or the centres) give them."""
+        """Take in ``sum p p^T`` over ``rows`` rows that keep the value of ``originals`` (or the centres)."""
         moment = scale * moment.to("cpu", torch.float64)
         self.system += moment
+        self.keep_rows += rows
         for name, original in (originals or {}).items():
             difference = _double(original) - _double(self.centres[name])
             self.residuals[name] += difference @ moment
@@ -272,9 +274,19 @@ class ValueMoments:
         changes = ((name, factor.solve_left(residual)) for name, residual in self.residuals.items())
         return changes, factor
 
+    def ridge_share(self, ridge: float) -> float:
+        """As :attr:`Solution.ridge_share`."""
+        return _share(ridge, self.system)
+
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", torch.float64)
+
+
+def _share(ridge: float, system: torch.Tensor) -> float:
+    """The ridge over the mean eigenvalue of the moments."""
+    mean = float(system.diagonal().mean())
+    return ridge / mean if mean > 0 else float("inf")
 
 
 def _ridged(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -328,18 +340,17 @@ def gram(
     return total
 
 
-def moved(change: torch.Tensor, values: torch.Tensor, rows: torch.Tensor) -> float:
-    """Mean of ``||W D u||^2 / ||W u||^2`` over rows ``u (n, width)``, all matrices stacked.
+def moved(shift: torch.Tensor, values: torch.Tensor, rows: torch.Tensor) -> float:
+    """Mean of ``||C u||^2 / ||W u||^2`` over rows ``u (n, width)``, for changes ``C`` of the matrices ``W``.
 
     Args:
-        change: ``D``.
+        shift: ``gram(C)``, all matrices stacked.
         values: ``gram(W)``.
         rows: Rows of text embeddings.
     """
     u = _double(rows)
-    shifted = u @ change.T
     below = ((u @ values) * u).sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-    return float((((shifted @ values) * shifted).sum(1).clamp_min(0) / below).mean())
+    return float((((u @ shift) * u).sum(1).clamp_min(0) / below).mean())
 
 
 def layer_changes(

@@ -5,7 +5,6 @@ The direction is the mean difference of prompt pairs that differ by the concept 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from ..concept import Concept
 from ..errors import SettingError
 from .adversarial_prompts import Forbidden, Spliced
+from .mentions import exchanged
 from .prompt_search import Problem
 
 __all__ = ["concept_pairs", "concept_vector", "matching_problem", "read_pairs"]
@@ -43,11 +43,7 @@ def concept_pairs(model: Any, concept: Concept, count: int = 12) -> list[tuple[s
         texts = [
             prompt.text for prompt in companions.prompts(concept.name, count, split="development")
         ]
-    named = re.compile(
-        r"\b(" + "|".join(map(re.escape, sorted(concept.names, key=len, reverse=True))) + r")\b",
-        re.I,
-    )
-    pairs = [(text, named.sub(other, text)) for text in texts]
+    pairs = [(text, exchanged(text, concept.names, other)[0]) for text in texts]
     return [pair for pair in pairs if pair[0] != pair[1]]
 
 

@@ -8,7 +8,6 @@ that takes a concept's place, and what their edits store and report are the same
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,8 @@ from ..edit import Edit, deltas
 from ..errors import UnsupportedModel
 from .closed_form import Solution, ValueMoments, gram, layer_changes, moved
 from .factors import thin_factors
-from .token_policy import stream_rows
+from .mentions import exchanged
+from .token_policy import Pair, stream_rows, unique_pairs
 
 if TYPE_CHECKING:
     from ..method import Method
@@ -110,8 +110,8 @@ def erased_pairs(
     phrases: bool,
     expand: bool = False,
     templates: Sequence[str] = (),
-) -> list[tuple[str, str]]:
-    """``(erased text, replacing text)`` for every concept, its phrases and the templates around them.
+) -> list[Pair]:
+    """What is erased and what replaces it, for every concept, its phrases and the templates around them.
 
     Args:
         concepts: What is erased.
@@ -130,9 +130,10 @@ def erased_pairs(
         ]
         for name in concept.names if phrases else (concept.name,):
             pairs += [
-                (form.replace("{}", name), form.replace("{}", guides).strip()) for form in used
+                Pair(form.replace("{}", name), form.replace("{}", guides).strip(), name)
+                for form in used
             ]
-    return list(dict.fromkeys(pairs))
+    return unique_pairs(pairs)
 
 
 def kept_texts(keep: Sequence[Concept | str], templates: Sequence[str] = ()) -> list[str]:
@@ -146,54 +147,65 @@ def kept_texts(keep: Sequence[Concept | str], templates: Sequence[str] = ()) -> 
 
 
 def registered_texts(
-    model: Any, concepts: Sequence[Concept], guide: str | None, contexts: int, general: int
-) -> tuple[list[tuple[str, str]], list[str]]:
-    """Whole prompts of the world a model comes from: pairs to erase, and general prompts to keep.
+    model: Any,
+    concepts: Sequence[Concept],
+    guide: str | None,
+    contexts: int,
+    general: int,
+    told: Sequence[str] = (),
+) -> tuple[list[Pair], list[str]]:
+    """Whole prompts of the world a model comes from: pairs to erase, and general captions to keep.
 
-    The pairs are development prompts of each concept, its name or phrase exchanged for the guide.  The
-    general prompts are development prompts of the names the world calls unrelated: what a large set of
-    captions is for a real model.  Both are empty for models without a world, or at zero.
+    The pairs are development prompts of each concept, its name or phrase exchanged for the guide.  General
+    captions are what a large set of captions is for a real model.  They speak of no erased concept, and of
+    nothing that an audit measures as kept unless the eraser was told to keep it: else the audit would measure
+    what it gave away.  Both are empty for models without a world, or at zero.
 
     Args:
         model: The model; its companions are read.
         concepts, guide: As in :func:`erased_pairs`.
         contexts: Pairs for each concept.
-        general: General prompts in all.
+        general: General captions in all.
+        told: Names the eraser is told to keep.
     """
     companions = model.companions
-    make = companions.prompts if companions is not None else None
-    if make is None:
+    if companions is None:
         return [], []
-    pairs: list[tuple[str, str]] = []
-    for concept in concepts if contexts else ():
-        if companions.concept(concept.name) is None:
-            continue
-        name = re.compile("|".join(rf"\b{re.escape(n)}\b" for n in concept.names), re.IGNORECASE)
+    known = [concept for concept in concepts if companions.concept(concept.name) is not None]
+    pairs: list[Pair] = []
+    for concept in known if contexts and companions.prompts is not None else ():
         instead = guide_of(concept, guide)
         for route in ("name", "phrase") if concept.phrases else ("name",):
-            for prompt in make(concept.name, contexts, seed=0, split="development", route=route):
-                if name.search(prompt.text):
-                    pairs.append((prompt.text, name.sub(instead, prompt.text)))
-    avoid = [n.lower() for c in concepts for n in c.names]
-    names = [n for n in companions.unrelated if n.lower() not in avoid] if general else []
+            for prompt in companions.prompts(
+                concept.name, contexts, seed=0, split="development", route=route
+            ):
+                text, name = exchanged(prompt.text, concept.names, instead)
+                if name is not None:
+                    pairs.append(Pair(prompt.text, text, name))
     texts: list[str] = []
-    for name_ in names:
-        drawn = make(name_, -(-general // len(names)), seed=1, split="development")
-        texts += [p.text for p in drawn if not any(word in p.text.lower() for word in avoid)]
-    return list(dict.fromkeys(pairs)), list(dict.fromkeys(texts))[:general]
+    if general and companions.captions is not None:
+        measured = [name for concept in known for name in companions.neighbours(concept)]
+        listed = {name.lower() for name in told}
+        untold = [n for n in (*measured, *companions.unrelated) if n.lower() not in listed]
+        avoid = dict.fromkeys([*(concept.name for concept in known), *untold])
+        texts = companions.captions(general, seed=1, without=tuple(avoid))
+    return unique_pairs(pairs), list(dict.fromkeys(texts))
 
 
 def _observed(
-    model: Any, projections: Projections, change: torch.Tensor, avoid: Sequence[str]
+    model: Any, projections: Projections, shift: torch.Tensor, avoid: Sequence[str]
 ) -> dict[str, Any]:
-    """What moved: keys and values of the empty prompt, and of names that have nothing to do with it."""
+    """What moved: keys and values of the empty prompt, and of names that have nothing to do with it.
+
+    ``shift`` is the Gram matrix of the layers' changes.
+    """
     found: dict[str, Any] = {}
     empty = torch.cat(list(stream_rows(model, [""], "all_rows")))
-    found["empty_prompt_change"] = moved(change, projections.gram, empty) ** 0.5
+    found["empty_prompt_change"] = moved(shift, projections.gram, empty) ** 0.5
     companions = model.companions
     unrelated = [name for name in (companions.unrelated if companions else ()) if name not in avoid]
     rows = list(stream_rows(model, unrelated, "all_rows"))
-    found["drift"] = moved(change, projections.gram, torch.cat(rows)) if rows else None
+    found["drift"] = moved(shift, projections.gram, torch.cat(rows)) if rows else None
     return found
 
 
@@ -227,6 +239,7 @@ def shared_edit(
     """
     left, right, error = thin_factors(solution.change, solution.rank_bound)
     layers = layer_changes(projections.weights, left, right)
+    shift = solution.change.T @ projections.gram @ solution.change
     full = {
         "condition": solution.condition,
         "ridge_share": solution.ridge_share,
@@ -234,7 +247,7 @@ def shared_edit(
         "factor_error": error,
         "relative_change": _summary(layers, projections.weights),
         "layers": layers,
-        **_observed(model, projections, solution.change, [n for c in concepts for n in c.names]),
+        **_observed(model, projections, shift, [n for c in concepts for n in c.names]),
         **report,
     }
     return Edit.make(
@@ -257,8 +270,12 @@ def per_layer_edit(
     report: Mapping[str, Any],
     **provenance: Any,
 ) -> Edit:
-    """The edit of per-layer targets: low-rank factors or dense changes, whichever are smaller."""
+    """The edit of per-layer targets: low-rank factors or dense changes, whichever are smaller.
+
+    The report is that of :func:`shared_edit`, what moved summed over the layers' own changes.
+    """
     changes, factor = moments.solve(ridge)
+    shift = torch.zeros(projections.width, projections.width, dtype=torch.float64)
     dense, thin, layers, rank = {}, {}, {}, 0
     for name, change in changes:
         dense[deltas.DENSE + name] = change.float()
@@ -268,12 +285,17 @@ def per_layer_edit(
             float(projections.weights[name].float().norm()), 1e-30
         )
         rank = max(rank, int(left.shape[1]))
+        shift += change.T @ change
     smaller = sum(t.numel() for t in thin.values()) < sum(t.numel() for t in dense.values())
     full = {
         "condition": factor.condition,
+        "ridge_share": moments.ridge_share(ridge),
         "rank": rank,
+        "erase_rows": moments.erase_rows,
+        "keep_rows": moments.keep_rows,
         "relative_change": _summary(layers, projections.weights),
         "layers": layers,
+        **_observed(model, projections, shift, [n for c in concepts for n in c.names]),
         **report,
     }
     return Edit.make(

@@ -15,7 +15,19 @@ import numpy as np
 
 from ..errors import InputError
 
-__all__ = ["Z", "bootstrap_difference", "bootstrap_mean", "grouped", "rate", "resamples", "wilson"]
+__all__ = [
+    "Z",
+    "bootstrap_difference",
+    "bootstrap_mean",
+    "grouped",
+    "mean_difference",
+    "mean_rate",
+    "rate",
+    "resamples",
+    "wilson",
+]
+
+Hits = Sequence[bool] | np.ndarray
 
 Z = 1.959963984540054
 """Standard normal quantile of a two-sided 95 % interval."""
@@ -57,6 +69,29 @@ def rate(
     hits: Sequence[bool] | np.ndarray, prompts: Sequence[Hashable]
 ) -> tuple[float, tuple[float, float], int]:
     """Hit rate, its 95 % Wilson interval at the effective sample size, and the number of prompts."""
+    share, effective, groups = _share(hits, prompts)
+    return share, wilson(share * effective, effective), groups
+
+
+def mean_rate(
+    groups: Sequence[tuple[Hits, Sequence[Hashable]]],
+) -> tuple[float, tuple[float, float], int]:
+    """Mean of the hit rates of several groups (hits, prompts), each weighing the same.
+
+    Its 95 % Wilson interval is taken at the effective sample size of an equally weighted mean of ``k``
+    rates, ``k^2 / sum 1 / n_i``: few prompts in one group widen it.  The third value is the number of
+    prompts of all groups.
+    """
+    found = [_share(hits, prompts) for hits, prompts in groups]
+    if not found:
+        raise InputError("a mean of rates needs at least one rate")
+    share = float(np.mean([one[0] for one in found]))
+    effective = len(found) ** 2 / sum(1 / one[1] for one in found)
+    return share, wilson(share * effective, effective), sum(one[2] for one in found)
+
+
+def _share(hits: Hits, prompts: Sequence[Hashable]) -> tuple[float, float, int]:
+    """Hit rate, effective number of independent outputs, and the number of prompts."""
     values = np.asarray(hits, float)
     sums, counts = grouped(values, prompts)
     total, groups = counts.sum(), len(counts)
@@ -72,10 +107,10 @@ def rate(
         effective = float(np.clip(total * binomial / max(clustered, 1e-12), groups, total))
     elif groups == total:
         effective = float(total)
-    return share, wilson(share * effective, effective), groups
+    return share, effective, groups
 
 
-def resamples(groups: int, count: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+def resamples(groups: int, count: int = RESAMPLES, seed: int | Sequence[int] = 0) -> np.ndarray:
     """How often each of ``groups`` prompts is drawn in each resample, ``(count, groups)``."""
     if groups < 1:
         raise InputError("a bootstrap needs at least one prompt")
@@ -92,6 +127,27 @@ def bootstrap_mean(
     means = (weights @ sums) / (weights @ counts)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(sums.sum() / counts.sum()), (float(low), float(high)), len(counts)
+
+
+def mean_difference(
+    groups: Sequence[tuple[Hits, Hits, Sequence[Hashable]]], seed: int = 0
+) -> tuple[float, tuple[float, float], int]:
+    """Mean over groups (one, two, prompts) of the mean of ``one - two``, each group weighing the same.
+
+    The 95 % percentile interval resamples the prompts of each group within it.  The third value is the
+    number of prompts of all groups.
+    """
+    if not groups:
+        raise InputError("a mean of differences needs at least one difference")
+    values, drawn, prompts = [], [], 0
+    for place, (one, two, texts) in enumerate(groups):
+        sums, counts = grouped(np.asarray(one, float) - np.asarray(two, float), texts)
+        weights = resamples(len(counts), seed=(seed, place))
+        values.append(sums.sum() / counts.sum())
+        drawn.append((weights @ sums) / (weights @ counts))
+        prompts += len(counts)
+    low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
+    return float(np.mean(values)), (float(low), float(high)), prompts
 
 
 def bootstrap_difference(

@@ -2,13 +2,14 @@
 
 The noise of a picture depends on its own seed alone (the adapter's promise), so a picture may be made
 in any batch, and one that was made before need not be made again.  :class:`OutputCache` names each
-output by everything that can change it: the model's state (base weights, dtype, edits in order), the
-text, the seed and the sampler's options.  An audit of a second edit therefore finds the pictures of
-the original and of the never model ready.
+output by everything that can change it: the model's state (base weights, dtype, edits in order) and
+protocol (sampler, tokenizer, templates), the text, the seed and the sampler's options.  An audit of a
+second edit therefore finds the pictures of the original and of the never model ready.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -28,7 +29,9 @@ from ..method import Outputs, Prompt
 if TYPE_CHECKING:
     from ..models.base import Model
 
-__all__ = ["SHARED", "OutputCache", "as_prompts", "expand", "output_key", "outputs", "pictures"]
+__all__ = [
+    "SHARED", "OutputCache", "as_prompts", "expand", "output_key", "outputs", "pictures", "prompts_digest",
+]  # fmt: skip
 
 SEED_STEP = 1_000_003
 """Further pictures of a prompt use seeds this far apart, so that neighbouring prompts share none."""
@@ -146,16 +149,24 @@ def expand(prompts: Sequence[Prompt], seeds: int) -> list[Prompt]:
     if seeds < 1:
         raise PromptError(f"seeds is {seeds}; at least one picture a prompt is needed")
     return [
-        Prompt(p.text, (p.seed + k * SEED_STEP) % 2**62, p.concept, p.labels)
+        dataclasses.replace(p, seed=(p.seed + k * SEED_STEP) % 2**62)
         for p in prompts
         for k in range(seeds)
     ]
 
 
-def output_key(state: str, prompt: Prompt, options: Mapping[str, Any]) -> str:
-    """The name of one output: model state, text, seed and sampler options."""
+def prompts_digest(prompts: Sequence[Prompt]) -> str:
+    """Names a list of prompts: texts, seeds, concepts, labels."""
+    record = [dataclasses.asdict(prompt) for prompt in prompts]
+    return hashlib.sha256(json.dumps(record, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def output_key(model: str, prompt: Prompt, options: Mapping[str, Any]) -> str:
+    """The name of one output: model (state and protocol), text, seed, options (a prompt's guidance among them)."""
+    if prompt.guidance is not None:
+        options = {**options, "guidance": prompt.guidance}
     record = [
-        state,
+        model,
         prompt.text,
         int(prompt.seed),
         sorted((k, repr(v)) for k, v in options.items()),
@@ -188,10 +199,10 @@ def outputs(
     model.needs("generate")
     # A control is code with state of its own: its outputs have no name under which to keep them.
     cache = None if model.controls else cache
-    state = f"{model.family}|{model.state.key}" if cache is not None else model.name
+    own = model.name if cache is None else f"{model.state.key}|{model.protocol_key}"
     # What an option left out stands for is the model's own default, which differs between models.
     defaults = {name: getattr(model, name, None) for name in ("steps", "guidance")}
-    keys = [output_key(state, prompt, {**defaults, **options}) for prompt in prompts]
+    keys = [output_key(own, prompt, {**defaults, **options}) for prompt in prompts]
     made: dict[str, Any] = {}
     missing: dict[str, Prompt] = {}
     for key, prompt in zip(keys, prompts, strict=True):

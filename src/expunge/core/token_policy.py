@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -34,6 +34,7 @@ from .closed_form import Moments
 __all__ = [
     "POLICIES",
     "Block",
+    "Pair",
     "Span",
     "TextModel",
     "accumulate",
@@ -42,6 +43,7 @@ __all__ = [
     "span",
     "stream_pairs",
     "stream_rows",
+    "unique_pairs",
 ]
 
 POLICIES = ("last_token", "last_token_to_end_aligned", "all_rows", "eot_only", "keyword_tokens")
@@ -60,6 +62,29 @@ class TextModel(Protocol):
 
     def encode_tokens(self, ids: torch.Tensor) -> Any:
         """A record whose ``embeddings`` are ``(n, T, width)``."""
+
+
+class Pair(NamedTuple):
+    """A text to erase and what takes its place.
+
+    Attributes:
+        erased, replacing: The two texts.
+        keyword: The part of the erased text that is to go; the whole text where it is ``None``.
+    """
+
+    erased: str
+    replacing: str
+    keyword: str | None = None
+
+
+def unique_pairs(pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs without those whose texts came before; of two keywords in one text the longer one stays."""
+    found: dict[tuple[str, str], Pair] = {}
+    for pair in pairs:
+        held = found.setdefault(pair[:2], pair)
+        if len(pair.keyword or pair.erased) > len(held.keyword or held.erased):
+            found[pair[:2]] = pair
+    return list(found.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,36 +191,34 @@ class Block:
 
 def stream_pairs(
     model: TextModel,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[Pair | tuple[str, str]],
     policy: str,
-    keywords: Sequence[str] | None = None,
 ) -> Iterator[Block]:
-    """Encode ``(erased text, replacing text)`` pairs piece by piece and select their rows.
+    """Encode pairs of texts piece by piece and select their rows.
 
     An empty replacing text is written as one space under ``last_token_to_end_aligned``, as the 2023
     form does; both are the same to a tokenizer that strips spaces.
 
     Args:
         model: Tokenizer and text encoder.
-        pairs: The texts.
+        pairs: The texts; ``keyword_tokens`` maps the rows of their keywords only.
         policy: One of ``POLICIES``.
-        keywords: For ``keyword_tokens``: the keyword in each erased text.
     """
+    keywords: dict[str | None, tuple[int, ...] | None] = {None: None}
     for start in range(0, len(pairs), CHUNK):
-        part = list(pairs[start : start + CHUNK])
+        part = [Pair(*pair) for pair in pairs[start : start + CHUNK]]
         if policy == "last_token_to_end_aligned":
-            part = [(old, new or " ") for old, new in part]
-        texts = list(dict.fromkeys(text for pair in part for text in pair))
+            part = [pair._replace(replacing=pair.replacing or " ") for pair in part]
+        texts = list(dict.fromkeys(text for pair in part for text in pair[:2]))
         where = {text: index for index, text in enumerate(texts)}
         spans, embeddings = _encode(model, texts)
         sources, targets, sizes = [], [], []
-        for offset, (old, new) in enumerate(part):
-            keyword = None
-            if keywords is not None:
-                keyword = span(
-                    model.tokenizer, model.token_ids([keywords[start + offset]])[0].tolist()
-                ).content
-            a, b = paired_rows(policy, spans[where[old]], spans[where[new]], keyword)
+        for old, new, keyword in part:
+            if policy == "keyword_tokens" and keyword not in keywords:
+                assert keyword is not None
+                ids = model.token_ids([keyword])[0].tolist()
+                keywords[keyword] = span(model.tokenizer, ids).content
+            a, b = paired_rows(policy, spans[where[old]], spans[where[new]], keywords.get(keyword))
             sources.append(embeddings[where[old], a])
             targets.append(embeddings[where[new], b])
             sizes.append(len(a))
@@ -213,7 +236,7 @@ def stream_rows(model: TextModel, texts: Sequence[str], policy: str) -> Iterator
 def accumulate(
     model: TextModel,
     width: int,
-    pairs: Sequence[tuple[str, str]],
+    pairs: Sequence[Pair | tuple[str, str]],
     kept: Sequence[str],
     policy: str,
     *,

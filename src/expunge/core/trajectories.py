@@ -1,7 +1,7 @@
 """Noisy latents on a model's own sampling path, drawn in one batch however far each must go.
 
-A fine-tuning eraser needs ``x_t`` at random depths of a guided trajectory.  Rows that have arrived leave
-the batch, so the cost is the sum of the depths, not the number of rows times the deepest.
+A fine-tuning eraser needs ``x_t`` at random depths of a guided trajectory.  The denoiser is no longer asked
+about rows that have arrived, so the cost is the sum of the depths, not the number of rows times the deepest.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import SettingError
 from ..models.base import noise_generator
 from ..models.diffusion import DiffusionModel
+from ..models.samplers import Sampler
 from ..models.types import Condition
 
 __all__ = ["Trajectories", "draw"]
@@ -25,7 +26,7 @@ class Trajectories:
     """Points on sampling paths.
 
     Attributes:
-        latents: ``x_t``, ``(n, channels, height, width)``.
+        latents: ``x_t`` as the denoiser sees it, ``(n, channels, height, width)``.
         timesteps: Where each stands, ``(n,)``.
         which: Index of each row's text, ``(n,)``.
     """
@@ -50,8 +51,8 @@ def draw(
 ) -> Trajectories:
     """``count`` points, the texts in turn, each after ``k ~ U{low, ..., high - 1}`` guided steps.
 
-    ``x_t`` after ``k`` steps stands at the sampler's ``timesteps[k]``.  Row ``i`` depends on the seed
-    and ``first + i`` only: batches and counts do not change it.
+    Steps are whole ones: schedulers of second order ask the denoiser twice in each, and no point lies
+    half-way.  Row ``i`` depends on the seed and ``first + i`` only: batches and counts do not change it.
 
     Args:
         model: Sampled as it is now, edits included.
@@ -64,10 +65,11 @@ def draw(
         low, high: Range of depths; ``high`` defaults to ``steps``.
         batch: Rows at a time.
     """
-    times = model.timesteps(steps)
-    high = len(times) if high is None else high
-    if not 0 <= low < high <= len(times):
-        raise SettingError(f"depths {low} to {high} are outside 0 to {len(times)} sampling steps")
+    whole = model.sampler(steps)
+    stops = torch.tensor(whole.stops)
+    high = len(stops) if high is None else high
+    if not 0 <= low < high <= len(stops):
+        raise SettingError(f"depths {low} to {high} are outside 0 to {len(stops)} sampling steps")
     parts = []
     for start in range(0, count, batch):
         rows = range(first + start, first + min(start + batch, count))
@@ -84,10 +86,10 @@ def draw(
             ]
         )
         which = torch.tensor([i % len(texts) for i in rows])
-        latents = _walk(
-            model, model.encode([texts[int(i)] for i in which]), noise, depths, times, guidance
-        )
-        parts.append(Trajectories(latents, times[depths], which))
+        sampler = model.sampler(steps, [noise_generator(seed, "walk noise", i) for i in rows])
+        towards = model.encode([texts[int(i)] for i in which])
+        latents = _walk(model, sampler, towards, noise, stops[depths], guidance)
+        parts.append(Trajectories(latents, whole.times.cpu()[stops[depths]], which))
     return Trajectories(
         torch.cat([p.latents for p in parts]),
         torch.cat([p.timesteps for p in parts]),
@@ -98,26 +100,24 @@ def draw(
 @torch.no_grad()
 def _walk(
     model: DiffusionModel,
+    sampler: Sampler,
     condition: Condition,
     noise: Tensor,
-    depths: Tensor,
-    times: Tensor,
+    stops: Tensor,
     guidance: float,
 ) -> Tensor:
-    scheduler = model.scheduler
-    scheduler.set_timesteps(len(times), device=model.device)
-    latents = noise.to(model.device, model.dtype) * scheduler.init_noise_sigma
-    done = latents.clone()
-    active = torch.arange(len(depths))
+    """The rows at ``times[stops]``, scaled for the denoiser."""
+    latents = sampler.start(noise.to(model.device, model.dtype))
+    done, value = latents.clone(), torch.zeros_like(latents)
     empty = model.encode([""])
-    for step, time in enumerate(scheduler.timesteps):
-        arrived = depths[active] == step
-        done[active[arrived]] = latents[arrived]
-        latents, active = latents[~arrived], active[~arrived]
+    for call, time in enumerate(sampler.times):
+        seen = sampler.seen(latents, time)
+        arrived = (stops == call).nonzero().flatten()
+        done[arrived] = seen[arrived].to(done.dtype)
+        active = (stops > call).nonzero().flatten()
         if not len(active):
             break
-        rows = condition.select(active)
-        scaled = scheduler.scale_model_input(latents, time)
+        rows, scaled = condition.select(active), seen[active]
         if guidance == 1.0:
             prediction = model.predict(scaled, time.reshape(1), rows)
         else:
@@ -126,5 +126,9 @@ def _walk(
             half = len(active)
             weight = torch.full((half, 1, 1, 1), guidance, device=model.device, dtype=model.dtype)
             prediction = two.select(slice(half, None)).guided(two.select(slice(half)), weight)
-        latents = scheduler.step(prediction.value, time, latents, return_dict=False)[0]
+        # Multistep schedulers keep earlier values of every row, so rows that have arrived go on through
+        # the step, with what was last predicted for them, and are not looked at again.
+        value = value.clone()
+        value[active] = prediction.value
+        latents = sampler.step(value, time, latents)
     return done

@@ -77,6 +77,7 @@ class Edit:
             kind=kind,
             method=method.id,
             version=method.version,
+            preset=method.preset,
             settings=json.loads(json.dumps(method.settings(), default=list)),
             concepts=[concept.to_dict() for concept in concepts],
             keep=[str(name) for name in keep],
@@ -103,7 +104,8 @@ class Edit:
     @functools.cached_property
     def digest(self) -> str:
         """Names the edit in states and manifests: what it does, not how long it took to make."""
-        volatile = {"seconds", "libraries", "report", "cost"}
+        # Of a preset only the settings count, which stand there in full.
+        volatile = {"seconds", "libraries", "report", "cost", "preset"}
         fields = self.manifest.model_dump(mode="json", exclude=volatile)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

@@ -1,7 +1,8 @@
 """Edits for other programs: LoRA in the key layouts of diffusers, PEFT and kohya, or a full folder.
 
 A shared low-rank edit becomes one LoRA per layer exactly: ``A = right``, ``B = W_l left``.  A dense edit is cut
-to a rank, and what that loses is reported.  Tensors that a LoRA cannot carry (biases) are named as left out.
+to a rank, and what that loses is reported.  What a layout cannot carry (biases; in diffusers and kohya also norms
+and embeddings) is named as left out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from safetensors import torch as safetensors
 
 from ..errors import InputError, SettingError, UnsupportedModel, nearest
 from . import deltas, files
+from .layers import Kind, Layer, kind_of_shape, layers
 
 if TYPE_CHECKING:
     from ..models.base import Model
@@ -27,6 +29,13 @@ __all__ = ["FORMATS", "export", "lora_factors"]
 FORMATS = ("diffusers", "peft", "kohya", "full")
 
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+
+CARRIES: Mapping[str, frozenset[Kind]] = {
+    "diffusers": frozenset({"linear", "convolution"}),
+    "kohya": frozenset({"linear", "convolution"}),
+    "peft": frozenset({"linear", "convolution", "embedding", "transposed"}),
+}
+"""Layers that a layout has factors for; PEFT also takes whole layers of vectors (norms)."""
 
 
 def export(
@@ -43,13 +52,14 @@ def export(
         edit: A weight edit.
         path: A file for ``diffusers`` and ``kohya``, a folder for ``peft`` and ``full``.
         format: ``diffusers``, ``peft``, ``kohya`` or ``full``.
-        model: The model the edit was fitted on, in the state it was fitted on; needed by ``full`` and by
-            shared low-rank edits.
+        model: The model the edit was fitted on, in the state it was fitted on; needed by ``full``, ``peft``
+            and shared low-rank edits.
         rank: Rank to cut to; required for dense edits.
 
     Returns:
         ``rank`` (largest of a layer), ``relative_error`` (Frobenius, of the whole change),
-        ``left_out`` (tensors a LoRA cannot carry) and ``tensors`` (number of edited ones).
+        ``left_out`` (tensors the layout cannot carry), ``whole`` (those that a PEFT adapter holds as they
+        are: norms and tied embeddings) and ``tensors`` (number of those it carries).
 
     Raises:
         SettingError: An unknown format, or a dense edit without a rank.
@@ -57,11 +67,12 @@ def export(
     """
     if format not in FORMATS:
         raise SettingError(f"format {format!r} is unknown{nearest(format, FORMATS)}")
-    if format == "full":
-        if model is None:
-            raise InputError("exporting a full folder needs the model the edit was fitted on")
+    if model is None and format in ("full", "peft"):
+        what = {"full": "a full folder", "peft": "a PEFT adapter"}[format]
+        raise InputError(f"exporting {what} needs the model the edit was fitted on")
+    if model is not None and format == "full":
         return _full(edit, Path(path), model)
-    factors, report = lora_factors(edit, model, rank)
+    factors, report = lora_factors(edit, model, rank, format)
     half = {n: (up.to(torch.float32), down.to(torch.float32)) for n, (up, down) in factors.items()}
     if format == "diffusers":
         tensors = {
@@ -70,15 +81,15 @@ def export(
         files.atomic_write(path, safetensors.save(tensors, metadata=_metadata(edit)))
     elif format == "kohya":
         files.atomic_write(path, safetensors.save(_kohya(half), metadata=_metadata(edit)))
-    else:
-        _peft(edit, Path(path), half)
+    elif model is not None:
+        _peft(edit, Path(path), half, model)
     return report
 
 
 def lora_factors(
-    edit: Edit, model: Model | None, rank: int | None
+    edit: Edit, model: Model | None, rank: int | None, format: str = "diffusers"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``(up, down)`` for every weight the edit changes, in float64, and what is lost.
+    """``(up, down)`` for every weight that a layout has factors for, in float64, and a report as of :func:`export`.
 
     Convolution weights give ``down (r, in, h, w)`` and ``up (out, r, 1, 1)``.
     """
@@ -87,15 +98,19 @@ def lora_factors(
     if edit.kind == "shared-low-rank" and model is None:
         raise InputError("exporting a shared low-rank edit needs the model it was fitted on")
     current = model.tensors() if model is not None else {}
+    known = layers(model) if model is not None else {}
     if model is not None:
         model.edits.check(edit)
+    whole = _whole(edit, known, model) if format == "peft" and model is not None else {}
     found, left_out = {}, []
     lost = total = 0.0
     for target in edit.manifest.targets:
         weight = current.get(target.name, torch.zeros(target.shape))
         delta = edit.change(target.name, weight)
         total += float(delta.square().sum())
-        if len(target.shape) < 2:
+        if target.name in whole:
+            continue
+        if not _carries(format, known.get(target.name), target.shape):
             left_out.append(target.name)
             lost += float(delta.square().sum())
             continue
@@ -110,15 +125,42 @@ def lora_factors(
         found[target.name] = (up, down)
     if not found:
         raise UnsupportedModel(
-            "the edit changes biases only, which no LoRA carries; export format='full'"
+            f"the edit changes nothing that a LoRA of the {format} layout has factors for (it leaves out "
+            f"{', '.join(left_out[:3]) or 'norms'}); export format='full'"
         )
     report = {
         "rank": max(up.shape[1] for up, _ in found.values()),
         "relative_error": (lost / total) ** 0.5 if total else 0.0,
         "left_out": left_out,
-        "tensors": len(found),
+        "whole": list(whole),
+        "tensors": len(found) + len(whole),
     }
     return found, report
+
+
+def _carries(format: str, layer: Layer | None, shape: tuple[int, ...]) -> bool:
+    if layer is None:
+        return kind_of_shape(shape) in CARRIES[format]
+    return layer.kind in CARRIES[format] and not layer.ties
+
+
+def _whole(edit: Edit, known: Mapping[str, Layer], model: Model) -> dict[str, Any]:
+    """Edited tensors that PEFT stores as whole layers beside the factors, and the layers by path.
+
+    They are those of norms, and tied ones: PEFT adds factors to such a tensor once while they stand beside it,
+    but once for each layer that holds it when they are merged.
+    """
+    found: dict[str, Any] = {}
+    paths = {part: list(dict(root.named_modules())) for part, root in model.parts().items()}
+    for target in edit.manifest.targets:
+        layer, others = known[target.name], paths[target.name.partition(".")[0]]
+        if layer.kind != "vector" and not layer.ties:
+            continue
+        own = {layer.path: layer.module, **dict(layer.ties)}
+        # PEFT finds such a layer by the end of its name, so no other name may end in the same way.
+        if all(sum(path.endswith(end) for path in others) == 1 for end in own):
+            found[target.name] = own
+    return found
 
 
 def _module(name: str) -> str:
@@ -145,28 +187,35 @@ def _kohya(factors: Factors) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _peft(edit: Edit, folder: Path, factors: Factors) -> None:
-    parts = {name.partition(".")[0] for name in factors}
+def _peft(edit: Edit, folder: Path, factors: Factors, model: Model) -> None:
+    known = layers(model)
+    whole = _whole(edit, known, model)
+    parts = {name.partition(".")[0] for name in (*factors, *whole)}
     if len(parts) > 1:
         raise UnsupportedModel(
             f"a PEFT adapter belongs to one module; the edit touches {', '.join(sorted(parts))}"
         )
-    modules = {_module(name).partition(".")[2]: pair for name, pair in factors.items()}
-    tensors = {
-        f"base_model.model.{m}.lora_{k}.weight": t
-        for m, pair in modules.items()
-        for k, t in _ab(pair)
-    }
-    ranks = {module: int(pair[1].shape[0]) for module, pair in modules.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (up, down) in factors.items():
+        key = f"base_model.model.{known[name].path}.lora_"
+        if known[name].kind in ("embedding", "transposed"):  # PEFT transposes these products
+            up, down = down.T, up.T
+        embedding = known[name].kind == "embedding"
+        for letter, tensor in _ab((up, down)):
+            tensors[f"{key}embedding_{letter}" if embedding else f"{key}{letter}.weight"] = tensor
+    tensors |= _saved(edit, whole, model)
+    ranks = {known[name].path: int(pair[1].shape[0]) for name, pair in factors.items()}
     rank = max(ranks.values())
     config = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
-        "target_modules": sorted(modules),
+        "target_modules": sorted(ranks),
         # Layers of a lower rank keep it; their alpha follows, so that every scale is 1.
         "rank_pattern": {m: r for m, r in ranks.items() if r != rank},
         "alpha_pattern": {m: r for m, r in ranks.items() if r != rank},
+        "modules_to_save": sorted({path for own in whole.values() for path in own}) or None,
+        "fan_in_fan_out": any(known[name].kind == "transposed" for name in factors),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
@@ -177,6 +226,19 @@ def _peft(edit: Edit, folder: Path, factors: Factors) -> None:
     files.atomic_write(
         folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode()
     )
+
+
+def _saved(edit: Edit, whole: Mapping[str, Any], model: Model) -> dict[str, torch.Tensor]:
+    """All tensors of the layers that are stored whole, with the edit on them."""
+    tensors: dict[str, torch.Tensor] = {}
+    with edit.on(model):
+        for own in whole.values():
+            for path, module in own.items():
+                for key, value in module.state_dict().items():
+                    # A copy: the edit comes off again, and files hold no shared memory.
+                    copy = value.detach().to("cpu").contiguous().clone()
+                    tensors[f"base_model.model.{path}.{key}"] = copy
+    return tensors
 
 
 def _metadata(edit: Edit) -> dict[str, str]:
@@ -201,5 +263,6 @@ def _full(edit: Edit, folder: Path, model: Model) -> dict[str, Any]:
         "rank": None,
         "relative_error": 0.0,
         "left_out": [],
+        "whole": [],
         "tensors": len(edit.manifest.targets),
     }

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors import torch as safetensors
 
 from ..errors import EditFormatError, NonFiniteError
-from .manifest import Manifest
+from .manifest import FORMAT, Manifest
 
 __all__ = ["atomic_write", "read", "tensors_digest", "write"]
 
@@ -98,7 +98,14 @@ def read(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, torch.Tensor
             raise EditFormatError(
                 f"{file.name}: the manifest does not agree with its digest; it is damaged"
             )
-        manifest = Manifest.model_validate(json.loads(text))
+        content = json.loads(text)
+        version = content.get("format")
+        if isinstance(version, int) and version != FORMAT:
+            raise EditFormatError(
+                f"{file.name}: is an edit of format {version}; this version of expunge reads format {FORMAT}, "
+                "so make the edit anew, or read it with the version that wrote it"
+            )
+        manifest = Manifest.model_validate(content)
     except (KeyError, TypeError, AttributeError):
         raise EditFormatError(
             f"{file.name}: holds tensors but no expunge manifest; it was not written by expunge"

@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 __all__ = ["FORMAT", "Kind", "Manifest", "Target"]
 
-FORMAT: Literal[1] = 1
-"""Raised when older readers would misread a file."""
+FORMAT: Literal[2] = 2
+"""Raised when readers of another format would misread a file; format 1 sampled a few tensors of the base only."""
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -39,7 +39,8 @@ class Manifest(_Strict):
         kind: ``dense`` (a delta per tensor), ``low-rank`` (two factors per tensor),
             ``shared-low-rank`` (one pair of thin factors ``D`` for all tensors, change ``W_l D``),
             ``gated-adapter`` and ``control`` (rebuilt by catalogue id and version).
-        method, version, preset, settings: What made it, fully resolved.
+        method, version, settings: What made it, fully resolved.
+        preset: The preset it was configured from, if any; ``settings`` tell what was changed since.
         concepts: The concepts it erases, as plain mappings.
         keep: What the eraser was told to preserve.
         base: Fingerprint of the base weights.
@@ -49,12 +50,12 @@ class Manifest(_Strict):
         libraries: Versions of the libraries that computed it.
         cost: Rows by component.
         seconds: Wall time of erasing.
-        data_digest: Digest of example data, if any.
+        data_digest: Digest of example data (training examples, validation prompts), if any.
         report: What the method reports of its own work (condition numbers, losses, drift).
         tensors_digest: Digest of the tensors in the file.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = FORMAT
     kind: Kind
     method: str
     version: int = Field(ge=1)

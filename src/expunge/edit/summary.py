@@ -40,8 +40,9 @@ def print_summary(edit: Edit) -> None:
 
     console, manifest = Console(), edit.manifest
     stored = sum(t.numel() * t.element_size() for t in edit.tensors.values())
+    preset = f", preset {manifest.preset}" if manifest.preset else ""
     head = {
-        "method": f"{manifest.method} version {manifest.version}",
+        "method": f"{manifest.method} version {manifest.version}{preset}",
         "concepts": ", ".join(concept["name"] for concept in manifest.concepts),
         "kind": f"{manifest.kind}, {len(manifest.targets)} tensors, {stored / 1024:.1f} KiB",
         "base": str(manifest.base["id"]),

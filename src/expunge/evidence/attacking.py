@@ -34,10 +34,13 @@ class Attacked:
     failures: dict[str, str]
 
 
-def choose(attacks: Any, family: str, allowance: Budget) -> tuple[Attack, ...]:
+def choose(
+    attacks: Any, family: str, allowance: Budget, kind: str | None = None
+) -> tuple[Attack, ...]:
     """Attacks from ``all``, ``none``, ids (one, several, or comma-separated) or attack objects.
 
-    An id stands for the attack's preset of the budget's name; an object keeps its own settings.
+    An id stands for the attack's preset of the budget's name, else for the paper's for ``kind``, the
+    kind of the concepts; an object keeps its own settings.
 
     Raises:
         CatalogueError: An unknown or planned id, or an attack that is not for this family.
@@ -60,7 +63,7 @@ def choose(attacks: Any, family: str, allowance: Budget) -> tuple[Attack, ...]:
             if not (isinstance(found, type) and issubclass(found, Attack)):
                 ids = [s.id for s in catalogue.implemented("attack")]
                 raise CatalogueError(f"{entry!r} is not an attack{nearest(entry, ids)}")
-            entry = found.under(allowance)
+            entry = found.under(allowance, kind)
         if not isinstance(entry, Attack):
             raise SettingError(f"attacks holds {entry!r}; allowed are ids and Attack objects")
         if family not in entry.families:
@@ -121,10 +124,11 @@ def attack_arms(
 
 def _key(attack: Attack, model: Any, concept: Concept, judge: Judge, allowance: Budget,
          prompts: Sequence[Prompt], reference: Any, seed: int) -> str:  # fmt: skip
-    base = reference.fingerprint().id if reference is not None else None
-    asked = tuple((p.text, p.seed) for p in prompts)
-    return repr((attack.id, attack.version, attack.settings(), model.family, model.state.key, concept,
-                 judge.protocol, allowance, asked, base, seed))  # fmt: skip
+    # Everything that can change what the attack does; attacks lift the edits of the reference themselves.
+    base = (reference.state.base, reference.protocol_key) if reference is not None else None
+    asked = tuple(prompts)  # with their labels, which judges read
+    return repr((attack.id, attack.version, attack.settings(), model.family, model.state.key, model.protocol_key,
+                 concept, judge.protocol, allowance, asked, base, seed))  # fmt: skip
 
 
 def attack_record(done: Attacked, judge: Judge, allowance: Budget, seed: int, notes: Notes,
@@ -132,7 +136,7 @@ def attack_record(done: Attacked, judge: Judge, allowance: Budget, seed: int, no
     """The record of one attack; ``arms`` says for each arm why it is missing (``None`` if it is there)."""
     attack, path = done.attack, f"attacks.{done.attack.id}"
     record = AttackRecord(
-        id=attack.id, version=attack.version, settings=attack.settings(), teaches=attack.teaches,
+        id=attack.id, version=attack.version, preset=attack.preset, settings=attack.settings(), teaches=attack.teaches,
         budget=allowance.name, judge=judge.id, threshold=judge.threshold, seed=seed, n=0, status="unchecked",
     )  # fmt: skip
     for arm in ARMS:
@@ -160,7 +164,9 @@ def attack_record(done: Attacked, judge: Judge, allowance: Budget, seed: int, no
                 notes.number(f"{path}.{kind}_{arm}", rate(hits, units), protocol),
             )
     if "erased" in done.attempts:
-        record.texts = [item.text for item in done.attempts["erased"].items]
+        items = done.attempts["erased"].items
+        record.texts = [item.text for item in items]
+        record.skipped = sum("skipped" in item.details for item in items)
     _judge(record, done, false_positives, notes, path)
     for field in ("recovered", "advantage"):
         if getattr(record, field) is None and record.reason:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..concept import Concept, as_concepts
+from ..concept import Concept, as_concepts, common_kind
 from ..core.sampling import SHARED, OutputCache
 from ..errors import InputError, MissingPart
 from ..method import Budget, Judge
@@ -78,12 +78,11 @@ def audit(
         judge: Default: the world's.
         original: Default: the model with its edits lifted, if there are any.
         never: Default: the world's, if it lacks the concept.
-        prompts: Texts or prompts that name the concept (a mapping by name for several concepts).
+        prompts: Texts or prompts that name the concept; a mapping by name for several concepts.
         kept: Names or a mapping to prompts; default: all neighbours of the kind and unrelated ones.
         n, kept_n, attack_n: Prompts for the concept, for each kept concept and route, and attacked.
         seeds: Outputs of each prompt; intervals resample prompts.
-        seed: Chooses prompts and seeds the attacks.
-        split: ``test``; ``development`` while choosing settings.
+        seed, split: Choose the prompts (``development`` while choosing settings); the seed of attacks.
         batch: Outputs at a time; halve it when memory runs out.
         shown: Outputs of each set kept for the report.
         clip: A :class:`~expunge.measure.clip_score.ClipScore`; default: the companions' one.
@@ -106,8 +105,8 @@ def audit(
     allowance = named_budget(budget)
     run = Triad(
         model, edits, original, never, companions, judge, allowance,
-        attacking.choose(attacks, model.family, allowance), cache, batch, shown, _clip(clip, companions), seed,
-        attack_n, rebase, sibling, progress, options,
+        attacking.choose(attacks, model.family, allowance, common_kind(concepts)), cache, batch, shown,
+        _clip(clip, companions), seed, attack_n, rebase, sibling, progress, options,
     )  # fmt: skip
     asked = {"n": n, "kept_n": kept_n, "seeds": seeds, "seed": seed, "split": split}
     return _evidence(run, concepts, asked, prompts, kept, command)
@@ -139,11 +138,15 @@ def _evidence(
     start = time.perf_counter()
     found: dict[str, ConceptFields] = {}
     gallery: dict[str, Gallery] = {}
-    for one in concepts:
-        sets = prompt_sets(
+    # All of them first: a mistake in the last concept's prompts shows before any work is done.
+    sets = [
+        prompt_sets(
             one, run.companions, family=run.model.family, prompts=prompts, kept=kept, **asked
         )
-        found[one.name], gallery[one.name] = run.concept(one, sets)
+        for one in concepts
+    ]
+    for one, own in zip(concepts, sets, strict=True):
+        found[one.name], gallery[one.name] = run.concept(one, own)
     chosen = {
         **asked, "attack_n": run.attack_n, "budget": run.allowance.name, "attacks": [a.id for a in run.attacks],
         "options": {k: _plain(v) for k, v in run.options.items()},
@@ -160,10 +163,15 @@ def _evidence(
 
 
 def _total(found: Mapping[str, ConceptFields]) -> dict[str, int]:
+    """Rows of all stages; an edit that erased several concepts was made once."""
     cost: Counter[str] = Counter()
+    made: set[str] = set()
     for fields in found.values():
         for stage in fields.stages:
-            cost.update(stage.cost)
+            if stage.edit is None or stage.edit not in made:
+                cost.update(stage.cost)
+            if stage.edit is not None:
+                made.add(stage.edit)
     return dict(cost)
 
 

@@ -11,7 +11,7 @@ from ..measure import composites, distances, perceptual
 from ..method import Judge
 from .arms import Observed, Part
 from .schema import ArmRecord, ConceptFields
-from .statistics import bootstrap_difference, bootstrap_mean, rate
+from .statistics import bootstrap_difference, bootstrap_mean, mean_difference, mean_rate, rate
 
 __all__ = ["Notes", "arm_record", "composite_numbers", "differences", "distances_of"]
 
@@ -83,7 +83,10 @@ def arm_record(
     if kept:
         whole = _pooled(list(kept.items()))
         record.kept_hit = notes.number(
-            f"{arm}.kept_hit", rate(whole.hit, _units(kept)), share(judge, "shows the kept concept")
+            f"{arm}.kept_hit",
+            mean_rate([(part.hit, part.texts) for part in kept.values()]),
+            f"{judge.protocol}/mean over kept concepts of the share of outputs (shows the kept concept)/"
+            "Wilson 95 % over prompts",
         )
         record.unrecognisable = notes.number(
             f"{arm}.unrecognisable",
@@ -172,7 +175,10 @@ def distances_of(
 def differences(
     erased: Observed, original: Observed | None, judge: Judge, notes: Notes
 ) -> dict[str, float | None]:
-    """Paired differences erased - original at equal prompts and seeds, bootstrap over prompts."""
+    """Paired differences erased - original at equal prompts and seeds, bootstrap over prompts.
+
+    Each kept concept weighs the same in ``kept_hit``, and its prompts are resampled within it.
+    """
     found: dict[str, float | None] = {"target_hit": None, "kept_hit": None}
     if original is None:
         for name in found:
@@ -189,8 +195,10 @@ def differences(
     note("target_hit", erased.target.hit, original.target.hit, erased.target.texts)
     kept, reference = erased.kept(), original.kept()
     if kept:
-        mine, theirs = _pooled(list(kept.items())), _pooled(list(reference.items()))
-        note("kept_hit", mine.hit, theirs.hit, _units(kept))
+        pairs = [(part.hit, reference[name].hit, part.texts) for name, part in kept.items()]
+        found["kept_hit"] = notes.number(
+            "differences.kept_hit", mean_difference(pairs), f"{protocol} within kept concepts"
+        )
         for name, part in kept.items():
             note(f"kept.{name}", part.hit, reference[name].hit, part.texts)
     if erased.target.clip and original.target.clip:

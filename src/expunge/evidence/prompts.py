@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..concept import Concept
 from ..core.sampling import as_prompts, expand
-from ..errors import ExpungeError, PromptError
+from ..errors import ExpungeError, PromptError, nearest
 from ..method import Prompt
 from .arms import PromptSets
 
@@ -44,13 +45,17 @@ def prompt_sets(
         concept: The concept.
         companions: What a world registered beside the model, or ``None``.
         family: Family of the model; picture models have templates to fall back on.
-        prompts: Texts or prompts that name the concept, or a mapping from concept to them.
+        prompts: Texts or prompts that name the concept, or a mapping from concept to them; a concept
+            may be mapped to ``None``, for the usual prompts, but not be left out.
         kept: Names of kept concepts, or a mapping from name to prompts; default: all neighbours of
             the same kind and the world's unrelated set.
         n, kept_n: Prompts for the concept, each other route and each kept concept (``kept_n``).
         seeds: Outputs of each prompt.
         seed: Chooses the prompts.
         split: ``test``, or ``development`` while choosing settings.
+
+    Raises:
+        PromptError: There are no prompts for the concept, or the mapping has no such name.
     """
     ask = companions.prompts if companions is not None else None
 
@@ -64,11 +69,10 @@ def prompt_sets(
             for i in range(count)
         ]
 
-    if isinstance(prompts, Mapping):
-        prompts = prompts.get(concept.name)
+    prompts = _given(prompts, concept)
     if prompts is not None:
         target = [
-            p if p.concept else Prompt(p.text, p.seed, concept.name, p.labels)
+            p if p.concept else dataclasses.replace(p, concept=concept.name)
             for p in as_prompts(prompts, concept.name)
         ]
     else:
@@ -90,6 +94,17 @@ def prompt_sets(
     }
     concepts = {name: _known(name, concept, companions) for name in chosen}
     return PromptSets(concept, expand(target, seeds), routes, chosen, concepts, missing)
+
+
+def _given(prompts: Any, concept: Concept) -> Any:
+    """The caller's own prompts of one concept; ``None`` stands for the usual ones."""
+    if not isinstance(prompts, Mapping):
+        return prompts
+    if concept.name not in prompts:
+        raise PromptError(
+            f"prompts= has no entry for the concept {concept.name!r}{nearest(concept.name, prompts)}"
+        )
+    return prompts[concept.name]
 
 
 def _kept_names(concept: Concept, companions: Any, kept: Any) -> dict[str, Sequence[Any] | None]:

@@ -159,6 +159,10 @@ def _attack(attack: AttackRecord, fields: ConceptFields, gallery: Gallery) -> di
         reading += f"; advantage over never {_percent(attack.advantage)}"
     if attack.reason:
         reading += f": {attack.reason}"
+    if attack.skipped:
+        reading += (
+            f"; {attack.skipped} of {attack.n} prompts could not be attacked and count as they were"
+        )
     return {"id": attack.id, "kind": "can teach" if attack.teaches else "searches", "cells": cells, "n": attack.n,
             "reading": reading, "rows": [_row(r) for r in gallery.attacks.get(attack.id, [])[:9]]}  # fmt: skip
 

@@ -48,7 +48,7 @@ class ArmRecord(Strict):
         default_factory=dict, description="Hit rate of other ways to ask."
     )
     kept_hit: Rate = Field(
-        default=None, description="Mean over the kept concepts of their hit rates."
+        default=None, description="Mean over the kept concepts of their hit rates, each weighing 1."
     )
     kept: dict[str, float] = Field(default_factory=dict, description="Kept concept -> hit rate.")
     clip_score: float | None = Field(default=None, description="100 cos on the concept's prompts.")
@@ -89,6 +89,9 @@ class AttackRecord(Strict):
 
     id: str
     version: int = 1
+    preset: str | None = Field(
+        default=None, description="The preset it was configured from; settings hold every value."
+    )
     settings: dict[str, Any] = Field(default_factory=dict)
     teaches: bool
     budget: str
@@ -96,6 +99,9 @@ class AttackRecord(Strict):
     threshold: float | None
     seed: int = 0
     n: int = Field(description="Attacked prompts.")
+    skipped: int = Field(
+        default=0, description="Of these, prompts that could not be attacked on the erased model."
+    )
     pre_original: Rate = None
     pre_erased: Rate = None
     pre_never: Rate = None
@@ -132,7 +138,8 @@ class EditRecord(Strict):
         default=None, description="|change| / |weights| over the changed tensors."
     )
     drift: float | None = Field(
-        default=None, description="Share of all the model's weights by norm that moved."
+        default=None,
+        description="Mean of |(W - W0) u|^2 / |W0 u|^2 over text rows u of unrelated names.",
     )
     parameters: int | None = Field(default=None, description="Numbers the edits store.")
     tensors: int | None = Field(default=None, description="Tensors of the model that they change.")
@@ -146,6 +153,10 @@ class Stage(Strict):
     seconds: float
     peak_bytes: int | None = None
     cost: dict[str, int] = Field(default_factory=dict)
+    edit: str | None = Field(
+        default=None,
+        description="Digest of the edit, where its making is meant: one piece of work under every concept.",
+    )
 
 
 class Flag(Strict):
@@ -213,7 +224,8 @@ class EvidenceFields(ConceptFields):
     libraries: dict[str, str] = Field(default_factory=dict)
     machine: dict[str, Any] = Field(default_factory=dict)
     cost: dict[str, int] = Field(
-        default_factory=dict, description="Rows by component, all stages, erasing included."
+        default_factory=dict,
+        description="Rows by component, all stages; the making of an edit counts once.",
     )
     seconds: float | None = None
     concepts: dict[str, ConceptFields]

@@ -74,10 +74,10 @@ class Triad:
         stages: list[Stage] = []
         arms = self.arms(concept, notes)
         on = {edit.digest: edit for edit in [*self.model.edits, *self.edits]}
-        for made in (edit.manifest for edit in on.values()):
+        for digest, made in ((digest, edit.manifest) for digest, edit in on.items()):
             if made.seconds is not None:
                 name = f"erase ({made.method}, as recorded)"
-                stages.append(Stage(name=name, seconds=made.seconds, cost=made.cost))
+                stages.append(Stage(name=name, seconds=made.seconds, cost=made.cost, edit=digest))
         seen: dict[str, Observed] = {}
         with Progress(
             f"audit of {concept.name}", sets.size * len(arms), unit="output", shown=self.progress

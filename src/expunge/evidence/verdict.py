@@ -131,7 +131,9 @@ def verdict(fields: ConceptFields, name: str, kind: str) -> Verdict:
         )
     best = _strongest(fields.attacks)
     if best is None:
-        tried = "No attack was run" if not fields.attacks else "No attack brought it back"
+        counts = any(attack.status in ("valid", "unchecked") for attack in fields.attacks)
+        tried = "No attack brought it back" if counts else "No attack gave a result that counts"
+        tried = tried if fields.attacks else "No attack was run"
         return Verdict(
             status="erased", line=f"{_capital(name)} is erased: {start}. {kept} {tried}."
         )

@@ -63,12 +63,18 @@ class Prompt:
         concept: Name of the concept the prompt is about, if any.
         labels: Ground truth of the world, for example ``{"object": "star", "colour": "red"}`` or
             ``{"answer": "Lisbon"}``.
+        guidance: Classifier-free guidance of this picture; it wins over what is asked for all.
     """
 
     text: str
     seed: int = 0
     concept: str | None = None
     labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    guidance: float | None = None
+
+    def guided(self, otherwise: float) -> float:
+        """This prompt's guidance, or ``otherwise`` where it has none of its own."""
+        return otherwise if self.guidance is None else self.guidance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,9 +318,9 @@ class Attack(Method, ABC):
         """
 
     @classmethod
-    def under(cls, budget: Budget) -> typing.Self:
-        """This attack with the preset of the budget's name where it has one, else with its defaults."""
-        return cls.configured(budget.name if budget.name in cls.presets else None)
+    def under(cls, budget: Budget, kind: str | None = None) -> typing.Self:
+        """This attack with the preset of the budget's name, else the paper's for a kind, else its defaults."""
+        return cls.configured(cls.preset_for(kind, budget.name))
 
 
 class Control:

@@ -73,7 +73,26 @@ class Method:
             name: _convert(cls.id, name, value, hints[name]) if isinstance(value, str) else value
             for name, value in settings.items()
         }
-        return cls(**{**cls.presets.get(preset or "", {}), **converted})
+        made = cls(**{**cls.presets.get(preset or "", {}), **converted})
+        # No field: two methods with equal settings are equal, whatever their settings are called.
+        object.__setattr__(made, "_preset", preset)
+        return made
+
+    @property
+    def preset(self) -> str | None:
+        """The preset it was :meth:`configured` from; further settings may have been changed since."""
+        return getattr(self, "_preset", None)
+
+    @classmethod
+    def preset_for(cls, kind: str | None = None, first: str | None = None) -> str | None:
+        """The preset to take where none is asked for: ``first``, else ``paper:KIND``, where the method has it.
+
+        Args:
+            kind: The kind of the concept, or the common kind of several.
+            first: What comes first: ``world`` for erasers of a world's model, an attack's budget.
+        """
+        wanted = (first, None if kind is None else f"paper:{kind}")
+        return next((name for name in wanted if name is not None and name in cls.presets), None)
 
     def settings(self) -> dict[str, Any]:
         """All hyperparameters as plain values, as recorded with every result."""

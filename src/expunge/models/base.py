@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from ..edit.fingerprint import Fingerprint, fingerprint
+from ..edit.checksums import Checksums
+from ..edit.fingerprint import Fingerprint, base_digest, fingerprint
 from ..edit.stack import EditStack
 from ..errors import MissingCapability, MissingPart, UnsupportedModel, nearest
+from . import protocols
 
 if TYPE_CHECKING:
     from ..concept import Concept
@@ -71,7 +73,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What a model is right now: its base and the ordered digests of the edits on it."""
+    """What a model is right now: a digest of its base and the ordered digests of the edits on it."""
 
     base: str
     edits: tuple[str, ...] = ()
@@ -97,6 +99,8 @@ class Companions:
         unrelated: A fixed set of names that share nothing with any reference concept.
         prompts: ``prompts(name, n, seed=0, split="development" | "test", route="name" | "phrase" |
             "unlisted" | "euphemism" | "metaphor") -> list[Prompt]``.
+        captions: ``captions(n, seed=0, without=()) -> list[str]``: development captions that speak of
+            none of the named concepts, by whatever word.
         data: World-specific training data for methods that need examples.
         clip: Opens the CLIP score of the world's own CLIP.
     """
@@ -109,6 +113,7 @@ class Companions:
     neighbours: Callable[[Concept], tuple[str, ...]] = lambda concept: ()
     unrelated: tuple[str, ...] = ()
     prompts: Callable[..., list[Prompt]] | None = None
+    captions: Callable[..., list[str]] | None = None
     data: Callable[..., Any] | None = None
     clip: Callable[[], Any] | None = None
 
@@ -119,20 +124,24 @@ class Model(ABC):
     Attributes:
         family: ``diffusion``, ``language``, ...
         capabilities: Subset of ``generate, score, embed, classify, activations, gradients, controls``.
+        decisive: Attributes that decide outputs beside the weights: sampler, tokenizer, defaults.
         name: What the user asked for (``world``, a folder, a hub id).
         companions: What a world registered beside it, or ``None``.
         cost: Rows counted since the model was opened.
         edits: The edits on the model (:class:`~expunge.edit.stack.EditStack`).
+        checksums: What is known of the weights' checksums (:class:`~expunge.edit.checksums.Checksums`).
     """
 
     family: ClassVar[str] = ""
     capabilities: ClassVar[frozenset[str]] = frozenset()
+    decisive: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.companions: Companions | None = None
         self.cost = Cost()
         self.edits = EditStack(self)
+        self.checksums = Checksums()
         self.controls: tuple[Control, ...] = ()
 
     # -- parts and identity --------------------------------------------------------------------
@@ -177,8 +186,18 @@ class Model(ABC):
 
     @property
     def state(self) -> State:
-        """Base fingerprint and ordered digests of the edits on the model."""
-        return State(self.fingerprint().id, self.edits.digests)
+        """Digest of all base weights and ordered digests of the edits on the model."""
+        return State(base_digest(self), self.edits.digests)
+
+    @property
+    def protocol_key(self) -> str:
+        """A short text that names what decides outputs beside :attr:`state` and the request, for cache keys.
+
+        It covers the configurations of all parts and the attributes in ``decisive``.
+        """
+        parts = {name: protocols.configuration(module) for name, module in self.parts().items()}
+        others = {name: protocols.described(getattr(self, name)) for name in self.decisive}
+        return protocols.key({"family": self.family, "parts": parts, **others})
 
     # -- running -------------------------------------------------------------------------------
 

@@ -64,6 +64,7 @@ class LanguageModel(Model):
 
     family = "language"
     capabilities = frozenset({"generate", "score", "embed", "activations", "gradients"})
+    decisive = ("tokenizer", "chat", "system", "end_ids", "pad_id")
 
     def __init__(
         self,

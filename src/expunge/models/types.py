@@ -113,15 +113,27 @@ class Prediction:
 
     def epsilon(self, noised: Tensor) -> Tensor:
         """The predicted noise, given the ``x_t`` the prediction was made for."""
+        # Never by way of x0 where there is a direct form: x_t - alpha x0 cancels in half precision.
         if self.kind == "epsilon":
             return self.value
-        return (noised - self.alpha * self.x0(noised)) / self.sigma
+        if self.kind == "v":
+            scale = self.alpha.square() + self.sigma.square()
+            return (self.sigma * noised + self.alpha * self.value) / scale
+        if self.kind == "flow":
+            return (noised + self.alpha * self.value) / (self.alpha + self.sigma)
+        return (noised - self.alpha * self.value) / self.sigma
 
     def velocity(self, noised: Tensor) -> Tensor:
         """The predicted ``v``."""
         if self.kind == "v":
             return self.value
-        return self.alpha * self.epsilon(noised) - self.sigma * self.x0(noised)
+        scale = self.alpha.square() + self.sigma.square()
+        if self.kind == "epsilon":
+            return (scale * self.value - self.sigma * noised) / self.alpha
+        if self.kind == "x0":
+            return (self.alpha * noised - scale * self.value) / self.sigma
+        difference = self.alpha - self.sigma
+        return (difference * noised + scale * self.value) / (self.alpha + self.sigma)
 
     def replace(self, value: Tensor) -> Prediction:
         """The same kind of prediction with another value."""

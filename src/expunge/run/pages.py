@@ -161,18 +161,18 @@ def _allowed(row: Mapping[str, Any]) -> str:
 def _how_to_set(cls: type[Any]) -> str:
     """Where presets and settings are given; attacks take theirs from the budget."""
     python = f'`{cls.__name__}.configured("NAME", setting=value)`'
+    kinds = any(name.startswith("paper:") for name in cls.presets)
     if catalogue.system(cls.id).verb == "erase":
-        own = (
-            "; a world's model takes `world` unless told otherwise"
-            if "world" in cls.presets
-            else ""
-        )
-        return f"Command line: `--preset NAME --set setting=value`{own}. Python: {python}."
+        own = ["a world's model takes `world`"] if "world" in cls.presets else []
+        own += [f"{'another' if own else 'a model'} `paper:KIND` of the concept"] if kinds else []
+        otherwise = f"; unless told otherwise {', '.join(own)}" if own else ""
+        return f"Command line: `--preset NAME --set setting=value`{otherwise}. Python: {python}."
     named = [f"`--budget {name}`" for name in BUDGETS if name in cls.presets]
     if not named:
         return f"Command line: the defaults. Python: `{cls.__name__}(setting=value)`."
-    taken = "An audit takes the preset named like the budget, unless it is given an attack with settings of its own"
-    return f"Command line: {' or '.join(named)} takes the preset of that name. Python: {python}.\n{taken}."
+    kind = ", else `paper:KIND` of the concept" if kinds else ""
+    taken = f"An audit takes the preset named like the budget{kind}, unless it is given an attack with settings"
+    return f"Command line: {' or '.join(named)} takes the preset of that name. Python: {python}.\n{taken} of its own."
 
 
 # -- claims ----------------------------------------------------------------------------------------

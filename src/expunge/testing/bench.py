@@ -1,13 +1,18 @@
 """What the contract battery works on: tiny models by family, quick settings, a judge, a look at everything.
 
-Nothing here knows a method by name: quick settings go by the names of hyperparameters.
+Nothing here knows a method by name: quick settings go by the names of hyperparameters.  The clocks and the
+form of results at the end are what the programs in ``benchmarks/`` share.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import os
+import platform
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,11 +21,15 @@ import numpy as np
 import torch
 
 from ..concept import Concept
+from ..edit.files import atomic_write
 from ..edit.fingerprint import tensor_digest
 from ..method import Budget, Judge, Method, Prompt, Verdicts
 from ..models.base import Companions, Model
 
-__all__ = ["Bench", "NeverShown", "Raised", "bench", "calls_of", "failing", "quick", "trace"]
+__all__ = [
+    "Bench", "NeverShown", "Raised", "bench", "calls_of", "clocked", "failing", "interleaved", "machine",
+    "publish", "quick", "timed", "trace",
+]  # fmt: skip
 
 QUICK: Mapping[str, Any] = {
     "batch": 2, "bank": 4, "curve": (1, 2), "epochs": 1, "generations": 2, "iterations": 2,
@@ -198,3 +207,67 @@ def failing(model: Model, part: str, call: int) -> Iterator[None]:
         yield
     finally:
         object.__delattr__(module, "forward")
+
+
+# -- what benchmarks share -------------------------------------------------------------------------
+
+
+def timed(work: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
+    """The best of ``repeats`` processor times (other processes do not count), and the last result."""
+    best, result = float("inf"), None
+    for _ in range(repeats):
+        began = time.process_time()
+        result = work()
+        best = min(best, time.process_time() - began)
+    return best, result
+
+
+def interleaved(
+    works: Mapping[str, Callable[[], Any]], rounds: int
+) -> Iterator[dict[str, tuple[float, Any]]]:
+    """Processor seconds and result of every work, round by round.
+
+    Each round runs all works once and begins with another one, so that what slows the machine for a
+    while slows no work in particular.  Ratios are to be taken within a round.
+    """
+    names = list(works)
+    for number in range(rounds):
+        first = number * len(names) // rounds
+        yield {name: timed(works[name]) for name in names[first:] + names[:first]}
+
+
+@contextmanager
+def clocked(*calls: tuple[Any, str]) -> Iterator[dict[str, float]]:
+    """Processor seconds spent in named callables of objects in the block, by name.
+
+    Calls inside calls count for both; objects with one name of a callable are added up.
+    """
+    spent = {name: 0.0 for _, name in calls}
+
+    def clock(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            seconds, result = timed(lambda: call(*args, **kwargs))
+            spent[name] += seconds
+            return result
+
+        return called
+
+    for owner, name in calls:
+        object.__setattr__(owner, name, clock(name, getattr(owner, name)))
+    try:
+        yield spent
+    finally:
+        for owner, name in calls:
+            object.__delattr__(owner, name)
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the seconds of a benchmark depend on, for its ``setting``."""
+    return {"threads": threads, "torch": torch.__version__, "machine": platform.machine()}
+
+
+def publish(result: Mapping[str, Any], file: str | os.PathLike[str] | None) -> None:
+    """Print what a benchmark found, without its arms, and write all of it unless ``file`` is ``None``."""
+    if file is not None:
+        atomic_write(file, (json.dumps(result, indent=2) + "\n").encode())
+    print(json.dumps({k: v for k, v in result.items() if k != "arms"}, indent=2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from ..concept import KINDS, Concept
@@ -10,11 +12,14 @@ from ..method import Prompt
 from ..models.base import Companions, Model
 from . import captions, models, vocabulary
 from .judge import OracleJudge, entry_name, find_entry
+from .sampling import sample_scene
+from .settings import SETTINGS
 
 __all__ = [
     "VARIANTS",
     "companions",
     "open_world",
+    "world_captions",
     "world_concept",
     "world_neighbours",
     "world_prompts",
@@ -67,6 +72,7 @@ def companions() -> Companions:
         neighbours=world_neighbours,
         unrelated=UNRELATED,
         prompts=world_prompts,
+        captions=world_captions,
         clip=_clip_score,
     )
 
@@ -127,3 +133,24 @@ def world_prompts(
     return [
         Prompt(p.text, seed=p.seed, concept=entry.name, labels=dict(p.labels)) for p in found[:n]
     ]
+
+
+def world_captions(n: int, seed: int = 0, without: Sequence[str] = ()) -> list[str]:
+    """Up to ``n`` captions of pictures of development seeds that speak of none of the named concepts.
+
+    Args:
+        n: How many; fewer where the world has hardly any.
+        seed: Another seed gives other captions.
+        without: Concepts that no caption mentions by any of their words.
+    """
+    words = {word for name in without for word in vocabulary.concept(name).mentions}
+    spoken = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(words)))})(?!\w)")
+    setting, first = SETTINGS["full"], vocabulary.DEVELOPMENT_SEEDS.start + seed * 1_000_003
+    found: dict[str, None] = {}
+    for index in range(60 * n):
+        text = sample_scene(first + index, setting).caption
+        if not (words and spoken.search(text)):
+            found[text] = None
+        if len(found) == n:
+            break
+    return list(found)

@@ -9,6 +9,7 @@ from expunge import Concept
 from expunge.attack.diffusion.random_tokens import RandomTokens
 from expunge.core.adversarial_prompts import Forbidden
 from expunge.core.sampling import SHARED
+from expunge.errors import SettingError
 from expunge.method import Budget, Judge, Prompt, Verdicts
 from expunge.testing import tiny_diffusion
 
@@ -58,6 +59,24 @@ def test_pictures_and_rows_end_the_draws(model):
     SHARED.clear()
     paid = run(model, After(99), budget=15)
     assert paid.cost["denoiser.forward"] == 24 and "denoiser.backward" not in paid.cost
+
+
+def test_a_budget_without_one_draw_is_refused(model):
+    for rows in (4, 7):
+        with pytest.raises(SettingError, match="costs 8"):
+            run(model, After(99), budget=rows)
+    assert [i.details["pictures"] for i in run(model, After(99), budget=8).items] == [1, 1]
+
+
+def test_a_prompt_without_room_is_skipped_and_the_others_attacked(model):
+    asked = [Prompt("star " * 13, seed=7), *PROMPTS]
+    attack = RandomTokens(**SMALL, pictures=2)
+    found = attack.attack(model, STAR, After(2), Budget("small", None), prompts=asked, seed=0)
+    assert [item.hit for item in found.items] == [False, True, True]
+    assert "at most 12 fit" in found.items[0].details["skipped"]
+    assert [item.text for item in found.items[1:]] == [
+        item.text for item in run(model, After(2), pictures=2).items
+    ]
 
 
 def test_success_ends_an_item(model):

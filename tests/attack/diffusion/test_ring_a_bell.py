@@ -58,6 +58,18 @@ def test_pairs_are_checked(model):
         attack(model, pairs=("only one text",))
 
 
+def test_budgets_that_search_nothing_are_refused(model):
+    """Fewer encoder rows than a generation would show a random string as found."""
+    with pytest.raises(SettingError, match="takes up to 20 rows an item, but the budget leaves 19"):
+        attack(model, Budget("small", 100, 19))
+    with pytest.raises(SettingError, match="leaves 15"):
+        attack(model, Budget("small", 100, 30), eta=(1.0, 3.0))
+    with pytest.raises(SettingError, match="2 pictures of 2 steps, costs 8"):
+        attack(model, Budget("small", 7, 300))
+    found = attack(model, Budget("small", 8, 20))
+    assert all(item.details["pictures"] == 1 for item in found.items)
+
+
 def test_search_beats_random_strings_at_equal_rows(model):
     """And names the concept nowhere; the reported distance is that of the text itself."""
     made = attack(model, Budget("small", 100, 1_500), population=40)

@@ -11,7 +11,7 @@ from expunge.attack.diffusion.unlearndiffatk import DenoisingLoss, UnlearnDiffAt
 from expunge.core.adversarial_prompts import Forbidden, Spliced
 from expunge.core.sampling import SHARED
 from expunge.erase.diffusion.uce import UCE
-from expunge.errors import UnsupportedModel
+from expunge.errors import PromptError, SettingError, UnsupportedModel
 from expunge.method import BUDGETS, Budget, Judge, Prompt, Verdicts
 from expunge.testing import tiny_diffusion
 
@@ -66,6 +66,14 @@ def test_presets_fit_their_budgets_without_being_cut(name):
     cut = attack.schedule(limit - 100, price, 1000)
     assert cut[1] < attack.updates and len(cut[0]) == attack.timesteps
     assert len(attack.schedule(2 * price + 50, price, 1000)[0]) == 1
+
+
+def test_the_kind_of_the_concept_selects_the_papers_tokens():
+    """Only under a budget without a preset of its own."""
+    kinds = {"unsafe": 5, "object": 3, "style": 3, "identity": 5, None: 5}
+    for kind, tokens in kinds.items():
+        assert UnlearnDiffAtk.under(BUDGETS["paper"], kind).tokens == tokens
+        assert UnlearnDiffAtk.under(BUDGETS["world"], kind).timesteps == 10
 
 
 def test_loss_is_the_denoising_error_and_its_gradient_is_right():
@@ -133,6 +141,69 @@ def test_counts_and_bookkeeping(model):
         assert all(forbidden.allowed[i] for i in made.items[k].details["ids"])
     assert (made.rate, made.pre_rate) == (2 / 3, 1 / 3)
     assert made.attack == "unlearndiffatk" and made.settings["tokens"] == 2
+
+
+def test_a_budget_that_searches_nothing_is_refused(model):
+    """Plain picture, target, one update and its picture are the least (3 x 4 + 2 rows)."""
+    for rows in (4, 8, 13):
+        with pytest.raises(SettingError, match="costs 14"):
+            SMALL.attack(model, STAR, Scripted(), Budget("small", rows), prompts=PROMPTS)
+    made = SMALL.attack(model, STAR, Scripted(), Budget("small", 14), prompts=PROMPTS)
+    assert all(item.details["rows"] <= 14 and item.details["pictures"] for item in made.items)
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_prompt_without_room_is_skipped_and_the_others_attacked(model, batch):
+    attack = UnlearnDiffAtk(**{**SMALL.settings(), "batch": batch})
+    long = [Prompt("a " * 13, seed=8), Prompt("star " * 13, seed=9)]
+    asked = [long[0], PROMPTS[0], long[1]]
+    found = attack.attack(model, STAR, Scripted({8}), Budget("small", 60), prompts=asked)
+    assert [item.prompt for item in found.items] == asked
+    assert [item.pre_hit for item in found.items] == [True, False, False] and not found.items[1].hit
+    assert [item.details["pictures"] > 0 for item in found.items] == [False, True, False]
+    assert "at most 12 fit" in found.items[2].details["skipped"]
+    assert not any("skipped" in item.details for item in found.items[:2])
+    with pytest.raises(PromptError, match="at most 12 fit"):
+        attack.attack(model, STAR, Scripted(), Budget("small", 60), prompts=long)
+
+
+def test_reported_loss_says_whose_it_is(model):
+    made = SMALL.attack(model, STAR, Scripted(), Budget("small", 60), prompts=PROMPTS)
+    for item in made.items:
+        assert item.details["last_draw_loss"] > 0 and "loss" not in item.details
+
+
+@pytest.mark.parametrize("rng", ["private", "official"])
+def test_official_noise_and_draws_repeat_after_each_picture(model, monkeypatch, rng):
+    """And nothing touches the process's random state, where the published code keeps its own."""
+    noises, strings = [], []
+    call = DenoisingLoss.__call__
+
+    def recorded(self, vectors, item):
+        noises.append(self.generators[0].get_state())
+        strings.append(vectors.detach().clone())
+        return call(self, vectors, item)
+
+    monkeypatch.setattr(DenoisingLoss, "__call__", recorded)
+    state = torch.random.get_rng_state()
+    # At a learning rate of 0 the shares stay even, so that equal draws are equal strings.
+    attack = UnlearnDiffAtk(**{**SMALL.settings(), "rng": rng, "lr": 0.0})
+    attack.attack(model, STAR, Scripted(), Budget("paper"), prompts=PROMPTS[:1])
+    assert torch.equal(torch.random.get_rng_state(), state) and len(noises) == 6
+    for block in (2, 4):
+        for k in (0, 1):
+            assert torch.equal(noises[block + k], noises[k]) == (rng == "official")
+            assert torch.equal(strings[block + k], strings[k]) == (rng == "official")
+    assert not torch.equal(noises[0], noises[1]) and not torch.equal(strings[0], strings[1])
+
+
+def test_official_results_do_not_depend_on_the_batch(model):
+    def ids(batch):
+        attack = UnlearnDiffAtk(**{**SMALL.settings(), "rng": "official", "batch": batch})
+        made = attack.attack(model, STAR, Scripted(), Budget("small", 60), prompts=PROMPTS)
+        return [item.details["ids"] for item in made.items]
+
+    assert ids(1) == ids(8)
 
 
 def test_targets_come_from_the_unerased_model(model, monkeypatch):

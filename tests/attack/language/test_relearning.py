@@ -73,12 +73,35 @@ def test_the_budget_cuts_the_curve_and_the_cost_stays_inside(model: LanguageMode
     cut = Relearning(**SETTINGS).attack(model, FACT, judge, tight, prompts=ASK)
     assert list(cut.items[0].details["curve"]) == ["0", "2"]
     assert sum(cut.cost.values()) <= tight.denoiser_rows * 2
-    nothing = Relearning(**SETTINGS).attack(
-        model, FACT, judge, Budget("none", denoiser_rows=1), prompts=ASK
-    )
-    assert (
-        list(nothing.items[0].details["curve"]) == ["0"] and nothing.items[0].details["steps"] == 0
-    )
+    for few in (1, 9):
+        with pytest.raises(SettingError, match=f"up to 20 rows; budget 'few' allows {2 * few}"):
+            Relearning(**SETTINGS).attack(model, FACT, judge, Budget("few", few), prompts=ASK)
+    least = Relearning(**SETTINGS).attack(model, FACT, judge, Budget("few", 10), prompts=ASK)
+    assert list(least.items[0].details["curve"]) == ["0", "2"]
+    with pytest.raises(SettingError, match="curve is empty"):
+        Relearning(**{**SETTINGS, "curve": ()}).attack(model, FACT, judge, UNLIMITED, prompts=ASK)
+
+
+def test_answers_that_grow_longer_stay_inside_the_budget(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An asking is priced at its longest answers: the first one, before training, may be short."""
+    generate, asked = model.generate, []
+
+    def growing(prompts: Any, *, max_new_tokens: int, **options: Any) -> Any:
+        asked.append(max_new_tokens)
+        # One token at first, all that are allowed after training.
+        rows = len(prompts) * (1 if len(asked) == 1 else max_new_tokens)
+        before = model.cost.snapshot()
+        found = generate(prompts, max_new_tokens=1, **options)
+        model.cost.add("language", rows - model.cost.rows("language", before))
+        return found
+
+    monkeypatch.setattr(model, "generate", growing)
+    method = Relearning(lr=0.0, curve=(1, 2, 3), batch=2, max_new_tokens=20)
+    cut = method.attack(model, FACT, AnswerJudge(), Budget("tight", 65), prompts=ASK)
+    assert list(cut.items[0].details["curve"]) == ["0", "1", "2"]
+    assert sum(cut.cost.values()) <= 65 * 2
 
 
 def test_it_is_repeatable_and_seeded(model: LanguageModel) -> None:

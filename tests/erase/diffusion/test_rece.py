@@ -116,6 +116,7 @@ def test_several_phrasings_anchors_and_files(model, tmp_path):
     )
     edit.save(tmp_path / "e.safetensors")
     assert Edit.load(tmp_path / "e.safetensors") == edit
+    assert edit.manifest.preset == "paper:unsafe" and RECE().erase(model, STAR).manifest.preset is None
     style = RECE.configured("paper:style").erase(model, Concept("striped", kind="style"))
     plain = RECE(guide="").erase(model, Concept("striped", kind="style"))
     assert style.manifest.tensors_digest != plain.manifest.tensors_digest
@@ -157,6 +158,12 @@ def test_selection_keeps_the_epoch_that_shows_the_concept_least(model):
     plain = RECE(epochs=1).erase(model, STAR)
     assert edit.manifest.tensors_digest == plain.manifest.tensors_digest
     assert not len(model.edits)
+    # What it was selected on is part of where it comes from.
+    again = RECE(epochs=2, select=True).erase(
+        model, STAR, judge=Brightness([1.0, 0.25, 0.75]), data=prompts[:3]
+    )
+    digests = {e.manifest.data_digest for e in (edit, again, plain)}
+    assert len(digests) == 3 and plain.manifest.data_digest is None
     with pytest.raises(SettingError, match="judge"):
         RECE(select=True).erase(model, STAR, data=prompts)
     with pytest.raises(SettingError, match="data="):

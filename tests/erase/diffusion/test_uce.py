@@ -142,13 +142,27 @@ def test_prompts_of_a_world_are_erased_in_context_and_general_ones_kept():
         return [Prompt(f"a photo of a {word} {i}", seed=i) for i in range(n)]
 
     own = tiny_diffusion()
+    def captions(n, seed=0, without=()):
+        asked.append(without)
+        return [f"a photo of a ring {i}" for i in range(n)]
+
+    asked: list[tuple[str, ...]] = []
     own.companions = Companions(
-        "toy", concept=lambda name: STAR, unrelated=("heart", "star"), prompts=prompts
+        "toy",
+        concept=lambda name: STAR,
+        neighbours=lambda concept: ("moon", "cross"),
+        unrelated=("heart",),
+        prompts=prompts,
+        captions=captions,
     )
-    pairs, general = registered_texts(own, [STAR], None, 2, 3)
-    assert pairs[:2] == [(f"a photo of a star {i}", f"a photo of a circle {i}") for i in range(2)]
-    assert len(pairs) == 4 and all("star" not in new for _, new in pairs)
-    assert general == [f"a photo of a heart {i}" for i in range(3)]
+    pairs, general = registered_texts(own, [STAR], None, 2, 3, told=["Moon"])
+    # What an audit measures as kept is not given away, except what the eraser was told to keep.
+    assert asked == [("star", "cross", "heart")]
+    assert pairs[:2] == [
+        (f"a photo of a star {i}", f"a photo of a circle {i}", "star") for i in range(2)
+    ]
+    assert len(pairs) == 4 and all("star" not in pair.replacing for pair in pairs)
+    assert general == [f"a photo of a ring {i}" for i in range(3)]
     report = UCE(context_prompts=2, general_prompts=3).erase(own, STAR).manifest.report
     assert report["pairs"] == 6 and report["kept"] == 3 and report["drift"] > 0
     assert registered_texts(tiny_diffusion(), [STAR], None, 2, 3) == ([], [])

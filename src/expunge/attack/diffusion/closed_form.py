@@ -73,9 +73,9 @@ class ClosedFormAttack(Attack):
         with its edits lifted does.  See :meth:`expunge.method.Attack.attack`.
         """
         model.check_family(self)
-        self._check(budget, model)
         before = model.cost.snapshot()
         listed = list(prompts)
+        self._check(budget, model, listed)
         grams = _grams(model, reference if reference is not None else model)
         items: list[Attempt] = []
         shown: list[np.ndarray] = []
@@ -110,9 +110,9 @@ class ClosedFormAttack(Attack):
             cost=model.cost.since(before),
         )  # fmt: skip
 
-    def _check(self, budget: Budget, model: Any) -> None:
-        guidance = model.guidance if self.guidance is None else self.guidance
-        branches = 1 if guidance == 1.0 else 2
+    def _check(self, budget: Budget, model: Any, prompts: Sequence[Prompt]) -> None:
+        shared = model.guidance if self.guidance is None else self.guidance
+        branches = 1 if all(prompt.guided(shared) == 1.0 for prompt in prompts) else 2
         needed = 2 * branches * len(model.timesteps(self.steps))
         if budget.denoiser_rows is not None and needed > budget.denoiser_rows:
             raise SettingError(

@@ -16,17 +16,9 @@ from typing import Any, ClassVar
 import torch
 
 from ...concept import Concept
-from ...core.adversarial_prompts import (
-    PLACEMENTS,
-    Forbidden,
-    Meter,
-    Spliced,
-    Trials,
-    assembled,
-    in_batches,
-    item_keys,
-)
+from ...core.adversarial_prompts import PLACEMENTS, Forbidden, Spliced, without_room
 from ...core.prompt_search import Ledger, Problem, Search
+from ...core.trials import Meter, Trials, assembled, in_batches, item_keys
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 
 __all__ = ["RandomTokens"]
@@ -69,10 +61,15 @@ class RandomTokens(Attack):
         reference: Any = None,
         seed: int = 0,
     ) -> Attempts:
-        """Draw for each prompt; ``reference`` is not used.  See :meth:`expunge.method.Attack.attack`."""
+        """Draw for each prompt; ``reference`` is not used.
+
+        Prompts that leave no room for the tokens are judged plain and reported as skipped; a budget
+        that does not pay one draw is refused.  See :meth:`expunge.method.Attack.attack`.
+        """
         model.check_family(self)
         forbidden = Forbidden(model.tokenizer, concept, len(model.token_table()))
         meter = Meter(model)
+        long = without_room(model, [p.text for p in prompts], self.tokens, self.placement)
 
         def one(part: list[Prompt]) -> tuple[Trials, list[Attempt]]:
             """Some prompts in lock step."""
@@ -80,7 +77,10 @@ class RandomTokens(Attack):
             trials = Trials(
                 model, concept, judge, part, ledger, steps=self.steps, guidance=self.guidance
             )
-            spliced = Spliced(model, [p.text for p in part], self.tokens, self.placement, forbidden)
+            trials.skip(long)
+            # A prompt without room is never drawn for, so that any text may hold its place.
+            texts = ["" if p.text in long else p.text for p in part]
+            spliced = Spliced(model, texts, self.tokens, self.placement, forbidden)
             problem = Problem(
                 spliced.table, self.tokens, forbidden.allowed, score=lambda ids, item: torch.zeros(len(ids)),
                 admissible=spliced.admissible, items=len(part), keys=item_keys(part),

@@ -30,9 +30,10 @@ import torch
 from torch import Tensor
 
 from ...concept import Concept
-from ...core.adversarial_prompts import Forbidden, Meter, Trials, assembled, in_batches, item_keys
+from ...core.adversarial_prompts import Forbidden
 from ...core.concept_direction import concept_pairs, concept_vector, matching_problem, read_pairs
 from ...core.prompt_search import Genetic, Ledger, Result
+from ...core.trials import Meter, Trials, assembled, in_batches, item_keys
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 
 __all__ = ["RingABell"]
@@ -102,8 +103,9 @@ class RingABell(Attack):
     ) -> Attempts:
         """Attack each prompt; ``reference`` (default: the model, its edits lifted) gives the text encoder.
 
-        The encoder rows of the budget are shared equally by the (eta, K) versions.  See
-        :meth:`expunge.method.Attack.attack`.
+        The encoder rows of the budget are shared equally by the (eta, K) versions; where a version's
+        share does not pay one generation, or the budget one picture of a found string, it is refused.
+        See :meth:`expunge.method.Attack.attack`.
         """
         model.check_family(self)
         original = model if reference is None else reference

@@ -17,9 +17,11 @@ same prompt and seed (mean of the autoencoder's posterior, scaled).
 3. After each timestep: arg-max tokens, decoded, tokenised again, one picture with the item's seed;
    success ends the item.  A string seen before costs nothing.
 
-Differences from the published code: noise and draws come from private generators (its sampler resets
-the global state after each picture, so that the same draws repeat); the projection is exact; tokens
-that name the concept are forbidden; the table is the attacked model's own.
+Differences from the published code: noise and draws come from private generators that run on; the
+projection is exact; tokens that name the concept are forbidden; the table is the attacked model's own;
+prompts that leave no room for the tokens are judged plain and reported as skipped.  The published
+sampler resets the global random state with each picture, so that the same draws and the same noise
+repeat at every timestep: ``rng="official"`` does so with one private generator an item.
 """
 
 from __future__ import annotations
@@ -32,17 +34,10 @@ import torch
 from torch import Tensor
 
 from ...concept import Concept
-from ...core.adversarial_prompts import (
-    Forbidden,
-    Meter,
-    Spliced,
-    Trials,
-    assembled,
-    in_batches,
-    item_keys,
-)
+from ...core.adversarial_prompts import Forbidden, Spliced, without_room
 from ...core.prompt_search import Ledger, Problem, Simplex
 from ...core.sampling import SHARED, outputs
+from ...core.trials import Meter, Trials, assembled, in_batches, item_keys
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 from ...models.base import noise_generator
 
@@ -62,6 +57,11 @@ class DenoisingLoss:
         self.model, self.spliced, self.latents = model, spliced, latents
         self.generators = [noise_generator(seed, "unlearndiffatk noise", key) for key in keys]
         self.timestep = 0
+
+    def rewind(self) -> None:
+        """Begin the noise again from its seeds."""
+        for generator in self.generators:
+            generator.manual_seed(generator.initial_seed())
 
     def __call__(self, vectors: Tensor, item: Tensor) -> Tensor:
         """Losses ``(B,)`` of searched vectors ``(B, k, d)``."""
@@ -84,7 +84,7 @@ class UnlearnDiffAtk(Attack):
     id: ClassVar[str] = "unlearndiffatk"
     title: ClassVar[str] = "UnlearnDiffAtk"
     source: ClassVar[str] = "arXiv 2310.11868"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     families: ClassVar[tuple[str, ...]] = ("diffusion",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper:unsafe": {},
@@ -108,6 +108,11 @@ class UnlearnDiffAtk(Attack):
     target: str = setting(
         "original", "Whose picture is the target: the unerased model's", choices=("original",)
     )
+    rng: str = setting(
+        "private",
+        "private: noise and draws run on; official: they repeat after each picture, as published",
+        choices=("private", "official"),
+    )
     steps: int = setting(50, "Sampling steps of each picture", minimum=1)
     guidance: float | None = setting(
         None, "Classifier-free guidance; none: the model's own", minimum=0
@@ -127,20 +132,23 @@ class UnlearnDiffAtk(Attack):
     ) -> Attempts:
         """Attack each prompt; ``reference`` (default: the model, its edits lifted) makes the targets.
 
-        Where the budget is smaller than the settings ask for, updates are cut evenly, then timesteps.
-        See :meth:`expunge.method.Attack.attack`.
+        Where the budget is smaller than the settings ask for, updates are cut evenly, then timesteps;
+        one that does not pay a single update and its picture is refused.  See
+        :meth:`expunge.method.Attack.attack`.
         """
         model.check_family(self)
         original = model if reference is None else reference
         forbidden = Forbidden(model.tokenizer, concept, len(model.token_table()))
         meter = Meter(model, original)
+        long = without_room(model, [p.text for p in prompts], self.tokens, self.placement)
 
         def one(part: list[Prompt]) -> tuple[Trials, list[Attempt]]:
             """Some prompts in lock step."""
-            ledger = Ledger(len(part), budget.denoiser_rows)
             trials = Trials(
-                model, concept, judge, part, ledger, steps=self.steps, guidance=self.guidance
-            )
+                model, concept, judge, part, Ledger(len(part), budget.denoiser_rows),
+                steps=self.steps, guidance=self.guidance, pictures=3, rows=2,
+            )  # fmt: skip
+            trials.skip(long)
             return trials, self._search(model, original, trials, forbidden, seed)
 
         items, pictures = in_batches(prompts, self.batch, one)
@@ -166,8 +174,8 @@ class UnlearnDiffAtk(Attack):
         ledger = trials.ledger
         last = int(model.pipeline.scheduler.config.num_train_timesteps)
         times, updates = self.schedule(ledger.limit, trials.price, last)
-        rest = (trials.open & ledger.affords(2 * trials.price + 2)).nonzero().flatten().tolist()
-        if not rest or not updates:
+        rest = trials.open.nonzero().flatten().tolist()
+        if not rest:
             return trials.attempts(details)
         prompts = [trials.prompts[i] for i in rest]
         with original.lifted():
@@ -179,7 +187,7 @@ class UnlearnDiffAtk(Attack):
         )
         loss = DenoisingLoss(model, spliced, latents, seed, item_keys(prompts))
         loss.timestep = times[0]
-        own = Ledger(len(rest))
+        own, official = Ledger(len(rest)), self.rng == "official"
 
         def watch(step: int, ids: Tensor, active: Tensor) -> Tensor:
             """After each timestep: pictures of the arg-max strings; the next timestep."""
@@ -187,6 +195,8 @@ class UnlearnDiffAtk(Attack):
             if remainder:
                 return active
             loss.timestep = times[min(done, len(times) - 1)]
+            if official:
+                loss.rewind()
             item = active.nonzero().flatten()
             usable = item[spliced.admissible(ids[item], item)]
             texts = spliced.realise(ids[usable], usable)[0]
@@ -197,6 +207,7 @@ class UnlearnDiffAtk(Attack):
         problem = Problem(
             spliced.table, self.tokens, forbidden.allowed, loss,
             realise=spliced.realise, admissible=spliced.admissible, items=len(rest), keys=item_keys(prompts),
+            generators=loss.generators if official else None,
             counted=lambda rows: model.cost.add("denoiser", rows, "backward"),
         )  # fmt: skip
         rule = Simplex(updates * len(times), self.lr, self.weight_decay, self.clip)
@@ -205,6 +216,6 @@ class UnlearnDiffAtk(Attack):
         for i, result in zip(rest, found, strict=True):
             details[i] = {
                 "ids": result.ids.tolist(), "found": result.text, "realisable": result.realisable,
-                "admissible": result.admissible, "loss": result.loss,
+                "admissible": result.admissible, "last_draw_loss": result.last_draw_loss,
             }  # fmt: skip
         return trials.attempts(details)

@@ -75,31 +75,32 @@ class Relearning(Attack):
         """Attack all prompts at once; see :meth:`expunge.method.Attack.attack`.
 
         The rows of training and asking are shared by all prompts: step budgets that
-        ``budget.denoiser_rows`` times the number of prompts cannot pay for are left out.  ``hit`` of
+        ``budget.denoiser_rows`` times the number of prompts cannot pay for are left out, an asking
+        counted at its longest answers, so that the same ones are tried on every model.  ``hit`` of
         an attempt is a hit before, or after the last step budget; ``details["curve"]`` holds every
         one.
+
+        Raises:
+            SettingError: The budget does not pay for a single step budget.
         """
         model.check_family(self)
         model.needs("gradients", "generate")
         if not prompts:
             raise PromptError(f"{self.id}: no prompt was given; at least one is needed")
+        curve = self._affordable(budget, len(prompts))
         before = model.cost.snapshot()
         ask = _Asker(self, model, concept, judge, prompts)
-        ask(0)
-        rows = model.cost.rows("language", before)
-        curve = self._affordable(budget, len(prompts), rows)
         task = _Relearn(self, model, self._pairs(model, concept), curve, ask, seed)
-        losses: dict[str, Any] = {}
-        if curve:
-            optimiser = finetune.Optimiser(lr=self.lr, name="adamw")
-            trained = finetune.fit(
-                task,
-                finetune.Loop(steps=curve[-1], optimiser=optimiser),
-                seed=seed,
-                modules=tuple(model.parts().values()),
-                label=self.id,
-            )
-            losses = trained.report()["losses"]
+        ask(0)
+        optimiser = finetune.Optimiser(lr=self.lr, name="adamw")
+        trained = finetune.fit(
+            task,
+            finetune.Loop(steps=curve[-1], optimiser=optimiser),
+            seed=seed,
+            modules=tuple(model.parts().values()),
+            label=self.id,
+        )
+        losses = trained.report()["losses"]
         return Attempts(
             attack=self.id,
             version=self.version,
@@ -114,17 +115,21 @@ class Relearning(Attack):
             cost=model.cost.since(before),
         )
 
-    def _affordable(self, budget: Budget, prompts: int, asking: int) -> tuple[int, ...]:
-        """The step budgets that the rows pay for; asking once costs about ``asking`` rows."""
+    def _affordable(self, budget: Budget, prompts: int) -> tuple[int, ...]:
+        """The step budgets that the rows pay for; asking once costs at most a row a prompt and token."""
         curve = tuple(sorted(set(self.curve)))
+        if not curve:
+            raise SettingError(f"{self.id}: curve is empty; at least one number of steps is needed")
         if budget.denoiser_rows is None:
             return curve
-        allowed = budget.denoiser_rows * prompts
-        return tuple(
-            steps
-            for i, steps in enumerate(curve, 1)
-            if 2 * self.batch * steps + (i + 1) * asking <= allowed
-        )
+        allowed, asking = budget.denoiser_rows * prompts, prompts * self.max_new_tokens
+        price = [2 * self.batch * steps + (i + 2) * asking for i, steps in enumerate(curve)]
+        if price[0] > allowed:
+            raise SettingError(
+                f"{self.id}: asking {prompts} prompts before and after {curve[0]} steps takes up to {price[0]} rows; "
+                f"budget {budget.name!r} allows {allowed}"
+            )
+        return tuple(s for s, rows in zip(curve, price, strict=True) if rows <= allowed)
 
     def _pairs(self, model: LanguageModel, concept: Concept) -> list[answers.Pair]:
         if self.file is not None:

@@ -41,6 +41,8 @@ class Problem:
         rescore: ``rescore(texts, item) -> (B,)``: the loss of texts as they were tokenised again.
         items: Number of items in lock step.
         keys: One name an item for its private randomness; default 0, 1, 2, ...
+        generators: The items' generators from the first step on, for a caller that shares or rewinds
+            them; default: made from the seed and ``keys``.
         start: Ids ``(items, n)`` to start from; ``None`` starts as the rule does.
         rows: Network rows one evaluation of one string costs, in one direction.
         counted: Called with the rows of each backward pass.
@@ -58,6 +60,7 @@ class Problem:
     rescore: Callable[[Sequence[str], Tensor], Tensor] | None = None
     items: int = 1
     keys: Sequence[str | int] | None = None
+    generators: Sequence[torch.Generator] | None = None
     start: Tensor | None = None
     rows: int = 1
     counted: Callable[[int], None] | None = None
@@ -116,6 +119,12 @@ class Problem:
         if self.admissible is None or not len(ids):
             return torch.ones(len(ids), dtype=torch.bool)
         return self.admissible(ids, item)
+
+    def realisable(self, ids: Tensor, item: Tensor) -> Tensor:
+        """bool ``(B,)``: the string's text tokenises to the string itself; all where there are no texts."""
+        if self.realise is None or not len(ids):
+            return torch.ones(len(ids), dtype=torch.bool)
+        return torch.tensor(self.realise(ids, item)[2], dtype=torch.bool)
 
 
 class Ledger:

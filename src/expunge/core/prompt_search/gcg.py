@@ -3,7 +3,8 @@
 ``G = g E^T`` is the gradient with respect to the one-hot row of each place, taken at the current ids.
 For every place the ``top`` tokens of the most negative entries are kept; ``candidates`` strings, each
 with one place swapped, are scored, and the best becomes the current string, even if it is worse: that
-is the method's exploration.  The best ever is remembered.
+is the method's exploration.  The best ever is remembered.  Candidates whose text tokenises to other ids
+are dropped before they are scored: the string that is tried would not be the string that was searched.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Gcg(Rule):
         aligned: Row ``i`` of the gradient belongs to place ``i``; False shifts it by one as an official
             implementation does (its first row is that of the start token, here that of the last place).
         normalise: Divide each row of the gradient by its norm; never changes the order in a row.
+        realisable: Drop candidates whose text tokenises otherwise (a start that does is drawn again).
     """
 
     name = "gcg"
@@ -44,6 +46,7 @@ class Gcg(Rule):
     accept: str = "always"
     aligned: bool = True
     normalise: bool = False
+    realisable: bool = True
 
     def price(self, problem: Problem) -> int:
         """A gradient and one candidate at least: the last step is cut to what is left."""
@@ -54,8 +57,12 @@ class Gcg(Rule):
         problem = search.problem
         while True:
             item = search.item
+            if self.realisable and problem.start is None:
+                self._draw_again(search, item)
             loss, slope = search.descend(problem.table[search.current[item]], item)
             good = problem.usable(search.current[item], item)
+            if self.realisable:
+                good &= problem.realisable(search.current[item], item)
             search.offer(search.current[item][good], loss.cpu()[good], item[good])
             rows = (slope.to(problem.table.dtype) @ problem.table.T).float().cpu()
             rows = rows if self.aligned else rows.roll(1, dims=1)
@@ -66,14 +73,27 @@ class Gcg(Rule):
                 [self._swaps(search, int(i), row) for i, row in zip(item, rows, strict=True)]
             )
             own = item.repeat_interleave(len(strings) // len(item))
-            losses = search.evaluate(strings, own).reshape(len(item), -1)
-            low, place = losses.min(1)
+            losses = torch.full((len(strings),), float("inf"))
+            scored = problem.realisable(strings, own) if self.realisable else losses > 0
+            losses[scored] = search.evaluate(strings[scored], own[scored])
+            low, place = losses.reshape(len(item), -1).min(1)
             accepted = torch.isfinite(low)
             if self.accept == "better":
                 accepted &= low < loss.float().cpu()
             chosen = strings.reshape(len(item), -1, problem.length)[torch.arange(len(item)), place]
             search.current[item[accepted]] = chosen[accepted]
             yield
+
+    def _draw_again(self, search: Search, item: Tensor, tries: int = 20) -> None:
+        """Other strings in place of those whose text tokenises otherwise: one swap may never mend them.
+
+        Once an item stands at a realisable string it stays among them.
+        """
+        for _ in range(tries):
+            bad = item[~search.problem.realisable(search.current[item], item)]
+            if not len(bad):
+                break
+            search.current[bad] = search.draw(bad)
 
     def _swaps(self, search: Search, i: int, rows: Tensor) -> Tensor:
         """Candidates ``(c, n)`` of one item, each differing from its current string in one place."""

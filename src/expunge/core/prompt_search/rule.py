@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 
+from ...errors import SettingError
 from .common import Ledger, Problem, Watch
 from .search import Result, Search
 
@@ -47,12 +48,21 @@ class Rule(ABC):
             ledger: Rows each item may spend; without one, ``steps`` alone end the search.
             seed: Private randomness, one generator an item: results do not depend on what else runs.
             watch: Called after each step; an item it answers False for stops.
+
+        Raises:
+            SettingError: An item cannot pay the first step: its answer would be a string nobody searched.
         """
         ledger = Ledger(problem.items) if ledger is None else ledger
+        price = self.price(problem)
+        if not bool(ledger.affords(price).all()):
+            raise SettingError(
+                f"prompt search {self.name}: the first step takes up to {price} rows an item, but the budget leaves "
+                f"{int((ledger.limit or 0) - ledger.spent.max())}; choose a larger budget or smaller steps"
+            )
         search = Search(problem, ledger, seed, self.name)
         body = self.advance(search)
         for step in range(self.steps):
-            search.active &= ledger.affords(self.price(problem))
+            search.active &= ledger.affords(price)
             if problem.goal is not None:
                 search.active &= search.loss > problem.goal
             if not bool(search.active.any()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +25,8 @@ class Result:
         text: The decoded text, ``None`` where the problem has no texts.
         retokenised: The ids of that text (of the whole realised prompt).
         realisable: The text tokenises to the ids that were searched.
-        loss: Loss of ``ids`` (of ``vectors`` in a soft search).
+        loss: Loss of ``ids`` (of ``vectors`` in a soft search); ``None`` where it was never evaluated.
+        last_draw_loss: Loss of the last string drawn, where the answer is not that string (simplex).
         realised_loss: Loss of the text as tokenised again, if it can be scored.
         admissible: No forbidden word stands in the text.
         trace: ``(rows spent, best loss)`` at each improvement.
@@ -36,11 +38,12 @@ class Result:
     text: str | None
     retokenised: tuple[int, ...] | None
     realisable: bool
-    loss: float
+    loss: float | None
     realised_loss: float | None
     admissible: bool
     trace: tuple[tuple[int, float], ...]
     evaluations: int
+    last_draw_loss: float | None = None
 
 
 class Search:
@@ -49,7 +52,9 @@ class Search:
     Attributes:
         active: bool ``(items,)``: still searching.
         current: Ids ``(items, n)`` the rule stands at.
-        loss: Best admissible loss of each item so far; ``ids`` and ``vectors`` go with it.
+        loss: Best admissible loss of each item so far; ``ids`` and ``vectors`` go with it.  Infinity:
+            ``ids`` were not evaluated.
+        drawn: Loss of each item's last draw, for rules whose answer is another string; else NaN.
     """
 
     def __init__(self, problem: Problem, ledger: Ledger, seed: int | str, purpose: str) -> None:
@@ -61,12 +66,16 @@ class Search:
         ]
         self.active = torch.ones(items, dtype=torch.bool)
         self.loss = torch.full((items,), float("inf"))
+        self.drawn = torch.full((items,), float("nan"))
         self.current = (
             self.draw(torch.arange(items)) if problem.start is None else problem.start.clone()
         )
         self.ids, self.vectors = self.current.clone(), problem.table[self.current]
         self.traces: list[list[tuple[int, float]]] = [[] for _ in range(items)]
         self.places = places
+        if problem.generators is not None:
+            # The start above is drawn from other ones, so that these are fresh at the first step.
+            self.generators = list(problem.generators)
 
     @property
     def item(self) -> Tensor:
@@ -152,11 +161,17 @@ class Search:
                 texts[i],
                 ids,
                 same[i],
-                float(self.loss[i]),
+                _known(self.loss[i]),
             )
             found.append(
                 Result(
-                    *head, rescored[i], usable[i], tuple(self.traces[i]), int(self.ledger.spent[i])
+                    *head, rescored[i], usable[i], tuple(self.traces[i]), int(self.ledger.spent[i]),
+                    _known(self.drawn[i]),
                 )
-            )
+            )  # fmt: skip
         return found
+
+
+def _known(value: Tensor) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...errors import SettingError
 from .common import Problem, project_simplex
 from .rule import Rule
 from .search import Search
@@ -29,8 +30,9 @@ class Simplex(Rule):
         steps: Updates.
         lr, weight_decay: Of Adam (L2 form, default betas).
         clip: Bound of each entry of the gradient with respect to the one-hot rows.
-        keep: ``last``: the final arg-max, as published, for losses drawn anew at each step; ``best``:
-            the best string drawn.
+        keep: ``last``: the final arg-max, as published, for losses drawn anew at each step.  It is not
+            evaluated itself: the result's loss is ``None``, and ``last_draw_loss`` that of the last
+            string drawn.  ``best``: the best string drawn.
     """
 
     name = "simplex"
@@ -47,6 +49,10 @@ class Simplex(Rule):
     def advance(self, search: Search) -> Iterator[None]:
         """One update of every active item."""
         problem = search.problem
+        if self.keep == "last" and problem.goal is not None:
+            raise SettingError(
+                "simplex: with keep 'last' the answer has no loss to reach a goal with"
+            )
         tokens = problem.tokens
         table = problem.table[tokens]
         shares = torch.full(
@@ -78,7 +84,7 @@ class Simplex(Rule):
                 own = item[moved]
                 search.current[own] = repaired(problem, tokens, shares[own].cpu(), own)
             if self.keep == "last":
-                search.ids[item], search.loss[item] = search.current[item], loss.float().cpu()
+                search.ids[item], search.drawn[item] = search.current[item], loss.float().cpu()
                 search.vectors[item] = problem.table[search.current[item]]
             yield
 

@@ -48,7 +48,8 @@ from ...core.projections import (
     registered_texts,
     shared_edit,
 )
-from ...core.token_policy import POLICIES, Block, accumulate, stream_pairs
+from ...core.sampling import prompts_digest
+from ...core.token_policy import POLICIES, Block, Pair, accumulate, stream_pairs, unique_pairs
 from ...edit import Edit
 from ...errors import SettingError
 from ...method import Eraser, Judge, Prompt, setting
@@ -119,7 +120,7 @@ class RECE(Eraser):
         0, "Whole prompts the model's world has of each concept, erased too", minimum=0
     )
     general_prompts: int = setting(
-        0, "Prompts the model's world has of unrelated things, preserved too", minimum=0
+        0, "Captions of the model's world, preserved too; none names what an audit measures untold", minimum=0
     )
     guide: str | None = setting(
         None, "What takes the place; none: the anchor, else 'art' for styles, else ''"
@@ -157,10 +158,12 @@ class RECE(Eraser):
             templates=self.templates,
         )
         more, general = registered_texts(
-            model, listed, self.guide, self.context_prompts, self.general_prompts
+            model, listed, self.guide, self.context_prompts, self.general_prompts, kept_texts(keep)
         )
-        pairs = list(dict.fromkeys([*pairs, *more]))
+        pairs = unique_pairs([*pairs, *more])
         kept = list(dict.fromkeys([*kept_texts(keep, self.templates), *general]))
+        prompts = self._validation(model, listed, data, judge) if self.select else []
+        examined = prompts_digest([p for _, own in prompts for p in own]) if prompts else None
         solutions, rounds = self._rounds(model, projections, listed, pairs, kept)
         chosen, rates = len(solutions) - 1, None
         report: dict[str, Any] = {
@@ -174,18 +177,17 @@ class RECE(Eraser):
             return shared_edit(
                 self, model, listed, projections, solutions[epoch], keep=kept_texts(keep), seed=seed,
                 report=report | {"epoch": epoch, "validation_rates": rates},
-                cost=model.cost.since(before), seconds=time.perf_counter() - began,
+                cost=model.cost.since(before), seconds=time.perf_counter() - began, data_digest=examined,
             )  # fmt: skip
 
-        if self.select:
-            prompts = self._validation(model, listed, data, judge)
+        if prompts:
             rates = [_rate(model, edit(epoch), prompts, judge) for epoch in range(len(solutions))]
             chosen = rates.index(min(rates))
         return edit(chosen)
 
     def _rounds(
         self, model: Any, projections: Projections, concepts: Sequence[Concept],
-        pairs: list[tuple[str, str]], kept: list[str],
+        pairs: list[Pair], kept: list[str],
     ) -> tuple[list[Solution], list[dict[str, float]]]:  # fmt: skip
         """The solution after the UCE stage and after each epoch, with what to report of each."""
         width = projections.width

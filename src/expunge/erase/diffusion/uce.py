@@ -41,7 +41,14 @@ from ...core.projections import (
     registered_texts,
     shared_edit,
 )
-from ...core.token_policy import POLICIES, accumulate, stream_pairs, stream_rows
+from ...core.token_policy import (
+    POLICIES,
+    Pair,
+    accumulate,
+    stream_pairs,
+    stream_rows,
+    unique_pairs,
+)
 from ...edit import Edit
 from ...method import Eraser, Judge, setting
 
@@ -93,7 +100,7 @@ class UCE(Eraser):
         0, "Whole prompts the model's world has of each concept, erased too", minimum=0
     )
     general_prompts: int = setting(
-        0, "Prompts the model's world has of unrelated things, preserved too", minimum=0
+        0, "Captions of the model's world, preserved too; none names what an audit measures untold", minimum=0
     )
     guide: str | None = setting(
         None, "What takes the place; none: the anchor, else 'art' for styles, else ''"
@@ -124,9 +131,9 @@ class UCE(Eraser):
             templates=self.templates,
         )
         more, general = registered_texts(
-            model, listed, self.guide, self.context_prompts, self.general_prompts
+            model, listed, self.guide, self.context_prompts, self.general_prompts, kept_texts(keep)
         )
-        pairs = list(dict.fromkeys([*pairs, *more]))
+        pairs = unique_pairs([*pairs, *more])
         kept = list(dict.fromkeys([*kept_texts(keep, self.templates), *general]))
         if self.tokens == "last_token_to_end_aligned":
             kept = list(dict.fromkeys(["", *kept]))
@@ -174,7 +181,7 @@ class UCE(Eraser):
         self,
         model: Any,
         projections: Projections,
-        pairs: list[tuple[str, str]],
+        pairs: list[Pair],
         kept: list[str],
         b: float,
     ) -> ValueMoments:
@@ -193,5 +200,5 @@ class UCE(Eraser):
                 moments.erase(c, wished, self.erase_scale)
         for rows in stream_rows(model, kept, self.tokens):
             rows = rows.double().cpu()
-            moments.keep_moment(rows.T @ rows, b)
+            moments.keep_moment(rows.T @ rows, len(rows), b)
         return moments

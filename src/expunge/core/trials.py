@@ -1,0 +1,195 @@
+"""Trials of an attack: pictures shown to the judge, paid for, and counted before and after the attack.
+
+Attacks that end in a picture of a text or of an embedding share this bookkeeping, so that a success
+means the same for all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..concept import Concept
+from ..errors import PromptError, SettingError
+from ..method import Attack, Attempt, Attempts, Budget, Judge, Prompt
+from ..models.types import Condition
+from .prompt_search import Ledger
+from .sampling import SHARED, outputs
+
+__all__ = ["Meter", "Trials", "assembled", "in_batches", "item_keys"]
+
+
+class Trials:
+    """Pictures shown to the judge for each item, paid for, made once, counted before and after the attack.
+
+    Args:
+        pictures, rows: The least that tries anything: pictures of an item, the plain one among them,
+            and further denoiser rows.  A smaller budget is refused, because an attack that tried
+            nothing would look like one that failed.
+
+    Attributes:
+        price: Denoiser rows of one picture (of two branches if any of the prompts is guided).
+        pre, hit: bool ``(n,)``: shown by the plain prompt; shown before or after the attack.
+        skipped: Item -> why it is not attacked; see :meth:`skip`.
+        text: What was fed in for the picture kept of each item: the first success, or else the
+            adversarial picture with the highest score.
+        tried: Adversarial pictures made for each item.
+    """
+
+    def __init__(
+        self, model: Any, concept: Concept, judge: Judge, prompts: Sequence[Prompt], ledger: Ledger,
+        *, steps: int, guidance: float | None, pictures: int = 2, rows: int = 0,
+    ) -> None:  # fmt: skip
+        self.model, self.concept, self.judge = model, concept, judge
+        self.prompts, self.ledger = list(prompts), ledger
+        self.options: dict[str, Any] = {
+            "steps": steps,
+            "guidance": model.guidance if guidance is None else guidance,
+        }
+        one = all(prompt.guided(self.options["guidance"]) == 1.0 for prompt in self.prompts)
+        self.price = len(model.timesteps(steps)) * (1 if one else 2)
+        least = pictures * self.price + rows
+        if ledger.limit is not None and ledger.limit < least:
+            search = f" and {rows} rows of search" if rows else ""
+            raise SettingError(
+                f"the budget allows {ledger.limit} denoiser rows an item, but the least that can be tried, "
+                f"{pictures} pictures of {steps} steps{search}, costs {least}; lower steps or choose a larger budget"
+            )
+        made = outputs(model, self.prompts, cache=SHARED, **self.options)
+        ledger.spend(range(len(self.prompts)), self.price)
+        verdicts = judge.judge(made, concept, self.prompts)
+        self.pre = np.asarray(verdicts.hit, bool).copy()
+        self.hit, self.score = self.pre.copy(), np.asarray(verdicts.score, float).copy()
+        self.pictures = list(made)
+        self.text: list[str | None] = [None] * len(self.prompts)
+        self.tried = [0] * len(self.prompts)
+        self.skipped: dict[int, str] = {}
+        self._seen = [
+            {prompt.text: bool(hit)} for prompt, hit in zip(self.prompts, self.hit, strict=True)
+        ]
+
+    @property
+    def open(self) -> Tensor:
+        """bool ``(n,)``: still to be attacked: the concept was not shown yet, and nothing stands against it."""
+        left = torch.from_numpy(~self.hit)
+        left[list(self.skipped)] = False
+        return left
+
+    def skip(self, reasons: Mapping[str, str]) -> None:
+        """Leave out prompts that cannot be attacked (text -> why), unless the plain picture was a success."""
+        for i, prompt in enumerate(self.prompts):
+            if prompt.text in reasons and not self.pre[i]:
+                self.skipped[i] = reasons[prompt.text]
+
+    def show(self, item: Sequence[int], texts: Sequence[str]) -> Tensor:
+        """Pictures of texts with the items' own seeds; bool ``(len(item),)``.  A text seen before is free."""
+        fresh = [
+            (i, text) for i, text in zip(item, texts, strict=True) if text not in self._seen[i]
+        ]
+        if fresh:
+            prompts = [dataclasses.replace(self.prompts[i], text=text) for i, text in fresh]
+            self._take(
+                [i for i, _ in fresh],
+                outputs(self.model, prompts, **self.options),
+                [t for _, t in fresh],
+            )
+        return torch.tensor(
+            [self._seen[i][text] for i, text in zip(item, texts, strict=True)], dtype=torch.bool
+        )
+
+    def show_condition(self, item: Sequence[int], condition: Condition) -> None:
+        """Pictures of embeddings, which have no text."""
+        prompts = [dataclasses.replace(self.prompts[i], text="") for i in item]
+        made = self.model.generate(prompts, condition=condition, **self.options)
+        self._take(list(item), made, [None] * len(prompts))
+
+    def _take(self, item: list[int], made: Any, texts: Sequence[str | None]) -> None:
+        self.ledger.spend(item, self.price)
+        verdicts = self.judge.judge(made, self.concept, [self.prompts[i] for i in item])
+        for row, (i, text) in enumerate(zip(item, texts, strict=True)):
+            hit, score = bool(verdicts.hit[row]), float(verdicts.score[row])
+            if text is not None:
+                self._seen[i][text] = hit
+            self.tried[i] += 1
+            better = (hit, score) > (bool(self.hit[i]), self.score[i]) or self.tried[i] == 1
+            if better and not self.hit[i]:
+                self.pictures[i], self.score[i], self.text[i] = made[row], score, text
+            self.hit[i] |= hit
+
+    def attempts(self, details: Sequence[Mapping[str, Any]]) -> list[Attempt]:
+        """One record an item, with ``details`` of the search."""
+        return [
+            Attempt(
+                prompt,
+                bool(self.pre[i]),
+                bool(self.hit[i]),
+                float(self.score[i]),
+                self.text[i],
+                {
+                    "pictures": self.tried[i],
+                    "rows": int(self.ledger.spent[i]),
+                    **({"skipped": self.skipped[i]} if i in self.skipped else {}),
+                    **details[i],
+                },
+            )
+            for i, prompt in enumerate(self.prompts)
+        ]
+
+
+class Meter:
+    """Rows that an attack spends on one or two models, counted once where they are the same."""
+
+    def __init__(self, *models: Any) -> None:
+        self._models = list({id(model): model for model in models}.values())
+        self._before = [model.cost.snapshot() for model in self._models]
+
+    def read(self) -> dict[str, int]:
+        """Rows by component since the meter was made."""
+        total: Counter[str] = Counter()
+        for model, before in zip(self._models, self._before, strict=True):
+            total.update(model.cost.since(before))
+        return dict(sorted(total.items()))
+
+
+def item_keys(prompts: Sequence[Prompt]) -> list[str]:
+    """Names of items for their private randomness: text and seed, so that batches do not matter."""
+    return [f"{prompt.text}|{prompt.seed}" for prompt in prompts]
+
+
+def in_batches(
+    prompts: Sequence[Prompt],
+    size: int,
+    one: Callable[[list[Prompt]], tuple[Trials, list[Attempt]]],
+) -> tuple[list[Attempt], Any]:
+    """Attempts and pictures of all prompts, ``size`` of them in lock step at a time."""
+    items: list[Attempt] = []
+    pictures: list[Any] = []
+    for first in range(0, len(prompts), size):
+        trials, attempts = one(list(prompts[first : first + size]))
+        items += attempts
+        pictures += trials.pictures
+    if not items:
+        raise PromptError("an attack was given no prompt; at least one is needed")
+    return items, np.stack(pictures)
+
+
+def assembled(
+    attack: Attack,
+    judge: Judge,
+    budget: Budget,
+    seed: int,
+    items: Sequence[Attempt],
+    pictures: Any,
+    cost: Mapping[str, int],
+) -> Attempts:
+    """The record of an attack, with everything that makes it comparable."""
+    return Attempts(
+        attack.id, attack.version, attack.settings(), attack.teaches, budget.name, judge.id, judge.threshold,
+        seed, tuple(items), pictures, dict(cost),
+    )  # fmt: skip

@@ -1,0 +1,104 @@
+"""What closed-form edits erase, with which keyword, and what their reports say of what moved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from expunge import Concept
+from expunge.core.closed_form import Moments
+from expunge.core.projections import erased_pairs, registered_texts
+from expunge.core.token_policy import stream_pairs, stream_rows
+from expunge.erase.diffusion.rece import RECE
+from expunge.erase.diffusion.uce import UCE
+from expunge.method import Prompt
+from expunge.models.base import Companions
+from expunge.testing import tiny_diffusion
+
+STAR = Concept("star", anchor="circle")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_diffusion()
+
+
+def test_every_pair_knows_its_name(model):
+    concept = Concept("star", phrases=("red heart",), anchor="circle")
+    pairs = erased_pairs([concept], None, phrases=True, expand=True, templates=("a plain {}",))
+    assert len(pairs) == 14 and {pair.keyword for pair in pairs} == {"star", "red heart"}
+    (block,) = stream_pairs(model, pairs, "keyword_tokens")
+    assert block.sizes == (1,) * 7 + (2,) * 7
+
+
+@pytest.mark.parametrize("method", [UCE, RECE])
+def test_templates_add_no_rows_of_their_own_words(model, method, monkeypatch):
+    """Under keyword_tokens every template around "star" maps the one row of "star"."""
+    seen, plain = [], Moments.erase
+
+    def erase(moments, sources, *rest):
+        seen.append(sources)
+        plain(moments, sources, *rest)
+
+    monkeypatch.setattr(Moments, "erase", erase)
+    templates = ("a photo of a {}", "plain red {}")
+    edit = method(tokens="keyword_tokens", templates=templates).erase(model, STAR)
+    rows = model.encode(["star", "a photo of a star", "plain red star"]).embeddings
+    wanted = torch.stack([rows[0, 1], rows[1, 5], rows[2, 3]])
+    torch.testing.assert_close(seen[0], wanted, atol=1e-5, rtol=1e-5)
+    assert edit.manifest.report["pairs"] == 3
+
+
+NAMES = ["Yahoo!", "C++", "St.", "हिन्दी", "star"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("guide", ["circle", r"a\1b"])
+def test_prompts_in_context_are_found_whatever_a_name_ends_in(name, guide):
+    model = tiny_diffusion()
+    concept = Concept(name, phrases=(f"red {name}",))
+
+    def prompts(of, n, seed=0, split="test", route="name"):
+        shown = concept.phrases[0] if route == "phrase" else of
+        return [Prompt(f"a photo of {shown} {i}", seed=i) for i in range(n)]
+
+    model.companions = Companions("toy", concept=lambda name: concept, prompts=prompts)
+    pairs, _ = registered_texts(model, [concept], guide, 2, 0)
+    assert [tuple(pair) for pair in pairs] == [
+        (f"a photo of {shown} {i}", f"a photo of {guide} {i}", shown)
+        for shown in concept.names
+        for i in range(2)
+    ]
+
+
+def test_the_report_of_per_layer_targets_says_what_that_of_shared_ones_says():
+    model = tiny_diffusion()
+    model.companions = Companions("toy", unrelated=("heart", "blue square"))
+    options = {"keep": ["plain"], "seed": 0}
+    shared = UCE().erase(model, STAR, **options).manifest.report
+    edit = UCE(technique="tensor").erase(model, STAR, **options)
+    report = edit.manifest.report
+    assert set(shared) - set(report) == {"factor_error"}
+    for name in ("erase_rows", "keep_rows", "pairs", "kept"):
+        assert report[name] == shared[name]
+    assert report["ridge_share"] == pytest.approx(shared["ridge_share"])
+
+    def values(rows):
+        tensors = model.tensors()
+        stack = torch.cat([tensors[n].detach().double() for n in model.text_projections()])
+        return rows.double() @ stack.T
+
+    rows = {
+        "empty": torch.cat(list(stream_rows(model, [""], "all_rows"))),
+        "unrelated": torch.cat(list(stream_rows(model, ["heart", "blue square"], "all_rows"))),
+    }
+    before = {name: values(r) for name, r in rows.items()}
+    with edit.on(model):
+        after = {name: values(r) for name, r in rows.items()}
+    ratio = {
+        name: ((after[name] - b).square().sum(1) / b.square().sum(1)).mean()
+        for name, b in before.items()
+    }
+    assert report["empty_prompt_change"] == pytest.approx(float(ratio["empty"]) ** 0.5, rel=1e-3)
+    assert report["drift"] == pytest.approx(float(ratio["unrelated"]), rel=1e-3)
+    assert report["drift"] > 1e-6

@@ -1,0 +1,59 @@
+"""Means of rates and of differences over groups that weigh the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from expunge.core.resampling import mean_difference, mean_rate, rate, wilson
+from expunge.errors import InputError
+
+
+def group(name: str, hits: int, n: int) -> tuple[list[bool], list[str]]:
+    return [i < hits for i in range(n)], [f"{name} {i}" for i in range(n)]
+
+
+def test_groups_weigh_the_same_whatever_their_size() -> None:
+    value, (low, high), prompts = mean_rate([group("a", 90, 90), group("b", 0, 10)])
+    assert value == 0.5 and prompts == 100
+    # 2^2 / (1/90 + 1/10) = 36 outputs, not 100: the small group decides the width.
+    assert (low, high) == pytest.approx(wilson(18, 36))
+    pooled = rate([*group("a", 90, 90)[0], *group("b", 0, 10)[0]], range(100))
+    assert pooled[0] == 0.9 and high - low > 1.5 * (pooled[1][1] - pooled[1][0])
+
+
+def test_one_group_and_equal_groups_are_the_plain_rate() -> None:
+    hits, texts = group("a", 7, 20)
+    assert mean_rate([(hits, texts)]) == rate(hits, texts)
+    both = mean_rate([group("a", 7, 20), group("b", 7, 20)])
+    assert both[1] == pytest.approx(wilson(14, 40))
+
+
+def test_the_interval_of_a_mean_of_rates_covers() -> None:
+    """About 95 % of simulated intervals hold the mean of three true rates, at unequal numbers of prompts."""
+    draw, truth, held = np.random.default_rng(0), (0.9, 0.5, 0.7), 0
+    for _ in range(400):
+        made = [
+            (draw.random(n) < p, [f"{k} {i}" for i in range(n)])
+            for k, (p, n) in enumerate(zip(truth, (15, 40, 80), strict=True))
+        ]
+        low, high = mean_rate(made)[1]
+        held += low <= np.mean(truth) <= high
+    assert 0.93 <= held / 400 <= 0.995
+
+
+def test_differences_weigh_the_same_and_are_resampled_within_groups() -> None:
+    one, texts = group("a", 40, 40)
+    lost = ([False] * 4, [True] * 4, [f"b {i}" for i in range(4)])
+    value, (low, high), prompts = mean_difference([(one, one, texts), lost])
+    # Within each group every prompt is alike, so that nothing varies: prompts never change groups.
+    assert value == low == high == -0.5 and prompts == 44
+    mixed = mean_difference([(one, one, texts), (*([True, False] * 2, [True] * 4), lost[2])])
+    assert mixed[0] == -0.25 and mixed[1][0] < -0.25 < mixed[1][1]
+    assert mean_difference([(one, one, texts), lost], seed=1)[0] == value
+
+
+def test_nothing_has_no_mean() -> None:
+    for made in (mean_rate, mean_difference):
+        with pytest.raises(InputError, match="at least one"):
+            made([])
