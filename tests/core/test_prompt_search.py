@@ -384,7 +384,7 @@ def test_results_are_decoded_tokenised_and_scored_again(encoder):
     assert not soft[1].realisable and soft[1].realised_loss is None
 
 
-def test_claims_of_the_card_at_equal_rows(encoder):
+def test_rules_against_random_strings_at_equal_rows(encoder):
     """gcg and genetic reach at most 20 % of the best random loss; soft reaches less than random."""
     rows, seeds = 4_000, (0, 1, 2)
     loss = {

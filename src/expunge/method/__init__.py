@@ -232,7 +232,7 @@ class Attempt:
         score: The judge's score of the shown output.
         text: The adversarial text as it was re-tokenised and fed in; ``None`` for attacks that do not
             end in a text.
-        details: Losses, norms, evaluations: what the attack's card asks to report.
+        details: Losses, norms, evaluations; ``skipped``: why the prompt was not attacked.
     """
 
     prompt: Prompt

@@ -116,7 +116,8 @@ def test_several_phrasings_anchors_and_files(model, tmp_path):
     )
     edit.save(tmp_path / "e.safetensors")
     assert Edit.load(tmp_path / "e.safetensors") == edit
-    assert edit.manifest.preset == "paper:unsafe" and RECE().erase(model, STAR).manifest.preset is None
+    assert edit.manifest.preset == "paper:unsafe"
+    assert RECE().erase(model, STAR).manifest.preset is None
     style = RECE.configured("paper:style").erase(model, Concept("striped", kind="style"))
     plain = RECE(guide="").erase(model, Concept("striped", kind="style"))
     assert style.manifest.tensors_digest != plain.manifest.tensors_digest

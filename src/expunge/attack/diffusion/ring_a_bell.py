@@ -22,6 +22,7 @@ form); a string is scored as its text tokenises again (``realised=False`` scores
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -33,6 +34,7 @@ from ...concept import Concept
 from ...core.adversarial_prompts import Forbidden
 from ...core.concept_direction import concept_pairs, concept_vector, matching_problem, read_pairs
 from ...core.prompt_search import Genetic, Ledger, Result
+from ...core.sampling import SHARED
 from ...core.trials import Meter, Trials, assembled, in_batches, item_keys
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 
@@ -152,14 +154,11 @@ class RingABell(Attack):
             if self.form == "soft":
                 trials.show_condition(item, wanted)
             else:
-                keys = item_keys([part[i] for i in item])
-                target = wanted.embeddings
-                with original.lifted():
-                    problem = matching_problem(
-                        original, target, length, forbidden, realised=self.realised, keys=keys
-                    )
-                    name = f"{seed}|{eta}|{length}"
-                    results = self._rule().run(problem, Ledger(len(item), limit), seed=name)
+                asked = [part[i] for i in item]
+                name = f"{seed}|{eta}|{length}"
+                results = self._strings(
+                    original, asked, wanted.embeddings, length, forbidden, limit, name
+                )
                 usable = [k for k, result in enumerate(results) if result.admissible]
                 texts = [results[k].text or "" for k in usable]
                 trials.show([item[k] for k in usable], texts)
@@ -168,6 +167,35 @@ class RingABell(Attack):
             for i, version in zip(item, found, strict=True):
                 details[i].append({"eta": eta, "plain_distance": away, **version})
         return details
+
+    def _strings(
+        self, original: Any, asked: Sequence[Prompt], target: Tensor, length: int, forbidden: Forbidden,
+        limit: int | None, name: str,
+    ) -> list[Result]:  # fmt: skip
+        """A string near each target (n, T, d).
+
+        The search reads the original's text encoder alone, so what it finds serves every model under attack
+        and is kept for the process.
+        """
+        keys = item_keys(asked)
+        with original.lifted():
+            shared = (self.id, self.version, self.settings(), original.state.key, forbidden.words)
+            digests = [
+                hashlib.sha256(row.float().cpu().numpy().tobytes()).hexdigest() for row in target
+            ]
+            where = [
+                repr((*shared, length, limit, name, key, digest))
+                for key, digest in zip(keys, digests, strict=True)
+            ]
+            new = [k for k, key in enumerate(where) if key not in SHARED.results]
+            if new:
+                problem = matching_problem(
+                    original, target[new], length, forbidden,
+                    realised=self.realised, keys=[keys[k] for k in new],
+                )  # fmt: skip
+                made = self._rule().run(problem, Ledger(len(new), limit), seed=name)
+                SHARED.results |= dict(zip((where[k] for k in new), made, strict=True))
+        return [SHARED.results[key] for key in where]
 
     def _rule(self) -> Genetic:
         return Genetic(
@@ -182,7 +210,7 @@ class RingABell(Attack):
 
 
 def _record(result: Result) -> dict[str, Any]:
-    """What the card asks to report of one found string."""
+    """What is reported of one found string."""
     return {
         "length": len(result.ids),
         "found": result.text,
