@@ -355,7 +355,9 @@ def demo(out: OutOption = Path("out/demo"), seed: SeedOption = 0) -> None:
     """Erase "star" from the world's pipeline with RECE, attack it quickly, and write the evidence."""
     opened = common.load("world")
     wanted = common.concepts_of(opened, ["star"], None, None, None, None)
-    made = _erase(opened, wanted, "rece", None, None, None, None, seed, out)
+    made = _erase(
+        opened, wanted, "rece", None, None, ["circle", "square", "triangle"], None, seed, out
+    )
     with common.quietly():
         made.export(out / "star-lora.safetensors", format="diffusers", model=opened)
     _audit(

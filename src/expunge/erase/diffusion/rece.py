@@ -72,15 +72,16 @@ class RECE(Eraser):
         "paper:object": {"epochs": 1, "derive_ridge": 1e-3},
         "paper:style": {"epochs": 1, "derive_ridge": 1e-3, "guide": "art"},
         "paper:unsafe": {"epochs": 3, "derive_ridge": 0.1, "empty_per_concept": True},
-        # As UCE's, chosen on development prompts by what moves in embedding space.
+        # Chosen on development prompts of star, by pictures.  Whole captions give thousands of rows, so
+        # the ridges are large: with small ones every epoch moves everything.
         "world": {
             "epochs": 1,
             "derive_ridge": 1e-3,
-            "ridge": 5.0,
-            "epoch_ridge": 5.0,
-            "preserve_scale": 0.3,
-            "epoch_preserve_scale": 1.0,
-            "context_prompts": 100,
+            "ridge": 1000.0,
+            "epoch_ridge": 10_000.0,
+            "preserve_scale": 3.0,
+            "epoch_preserve_scale": 10.0,
+            "context_prompts": 20,
             "general_prompts": 400,
         },
     }

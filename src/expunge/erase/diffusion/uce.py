@@ -69,12 +69,12 @@ class UCE(Eraser):
         "paper:style": {"guide": "art"},
         "paper:unsafe": {},
         "2023": {"tokens": "last_token_to_end_aligned"},
-        # Chosen on development prompts, by what moves in embedding space.  The world's prompts lie so
-        # close together that without general prompts an edit moves everything.
+        # Chosen on development prompts of star, by pictures: star is gone from 20 captions on, and what
+        # is kept suffers least with a strong weight on kept captions.
         "world": {
             "tokens": "last_token_to_end_aligned",
-            "ridge": 5.0,
-            "preserve_scale": 0.3,
+            "ridge": 20.0,
+            "preserve_scale": 3.0,
             "context_prompts": 100,
             "general_prompts": 400,
         },
