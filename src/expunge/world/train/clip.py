@@ -120,6 +120,11 @@ def main() -> None:
     parser = common.arguments(__doc__ or "", steps=1500, batch=128, lr=1e-3)
     parser.add_argument("--pictures", type=int, default=40_000, help="training pictures")
     parser.add_argument("--more", action="store_true", help="start from the committed weights")
+    parser.add_argument(
+        "--freeze-text",
+        action="store_true",
+        help="train the vision side alone: the denoisers stay valid",
+    )
     train(parser.parse_args())
 
 
@@ -141,6 +146,9 @@ def train(options: argparse.Namespace) -> None:
     if options.more:
         stored = CLIPModel.from_pretrained(str(options.out / "clip"), dtype=torch.float32)
         model.load_state_dict(stored.state_dict())
+    if options.freeze_text:
+        for frozen in (model.text_model, model.text_projection):
+            frozen.requires_grad_(False)
     trained = Trained(model, data)
     training = common.Training(
         "clip", trained, options, ema=0.995, warmup=100, weight_decay=0.05, betas=(0.9, 0.98)
