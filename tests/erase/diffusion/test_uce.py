@@ -142,6 +142,7 @@ def test_prompts_of_a_world_are_erased_in_context_and_general_ones_kept():
         return [Prompt(f"a photo of a {word} {i}", seed=i) for i in range(n)]
 
     own = tiny_diffusion()
+
     def captions(n, seed=0, without=()):
         asked.append(without)
         return [f"a photo of a ring {i}" for i in range(n)]

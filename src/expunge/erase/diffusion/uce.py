@@ -100,7 +100,9 @@ class UCE(Eraser):
         0, "Whole prompts the model's world has of each concept, erased too", minimum=0
     )
     general_prompts: int = setting(
-        0, "Captions of the model's world, preserved too; none names what an audit measures untold", minimum=0
+        0,
+        "Captions of the model's world, preserved too; none names what an audit measures untold",
+        minimum=0,
     )
     guide: str | None = setting(
         None, "What takes the place; none: the anchor, else 'art' for styles, else ''"
