@@ -67,6 +67,22 @@ def no_network():
     patch.undo()
 
 
+@pytest.fixture(scope="module")
+def model():
+    """A tiny pipeline with random weights, one a test file."""
+    from expunge.testing import tiny_diffusion
+
+    return tiny_diffusion()
+
+
+@pytest.fixture
+def no_shared_pictures() -> None:
+    """Pictures that earlier tests made are forgotten."""
+    from expunge.core.sampling import SHARED
+
+    SHARED.clear()
+
+
 _threads_set = False
 
 

@@ -7,23 +7,13 @@ import pytest
 
 from expunge import Concept
 from expunge.core.prompt_search import Ledger
-from expunge.core.sampling import SHARED
 from expunge.core.trials import Trials
 from expunge.errors import SettingError
 from expunge.method import Judge, Prompt, Verdicts
-from expunge.testing import tiny_diffusion
+
+pytestmark = pytest.mark.usefixtures("no_shared_pictures")
 
 STAR = Concept("star", phrases=("heart shape",), anchor="circle")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_diffusion()
-
-
-@pytest.fixture(autouse=True)
-def no_shared_pictures():
-    SHARED.clear()
 
 
 class ByText(Judge):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Projections",
+    "edited_texts",
     "erased_pairs",
     "guide_of",
     "kept_texts",
@@ -190,6 +191,33 @@ def registered_texts(
         avoid = dict.fromkeys([*(concept.name for concept in known), *untold])
         texts = companions.captions(general, seed=1, without=tuple(avoid))
     return unique_pairs(pairs), list(dict.fromkeys(texts))
+
+
+def edited_texts(
+    method: Any, model: Any, concepts: Sequence[Concept], keep: Sequence[Concept | str]
+) -> tuple[list[Pair], list[str]]:
+    """All pairs to erase and all texts to keep, by the settings that the closed-form editors share.
+
+    They are ``guide``, ``erase_phrases``, ``expand_prompts``, ``templates``, ``context_prompts`` and
+    ``general_prompts``; see :func:`erased_pairs`, :func:`kept_texts` and :func:`registered_texts`.
+    """
+    pairs = erased_pairs(
+        concepts,
+        method.guide,
+        phrases=method.erase_phrases,
+        expand=method.expand_prompts,
+        templates=method.templates,
+    )
+    more, general = registered_texts(
+        model,
+        concepts,
+        method.guide,
+        method.context_prompts,
+        method.general_prompts,
+        kept_texts(keep),
+    )
+    kept = dict.fromkeys([*kept_texts(keep, method.templates), *general])
+    return unique_pairs([*pairs, *more]), list(kept)
 
 
 def _observed(

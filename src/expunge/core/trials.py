@@ -22,7 +22,13 @@ from ..models.types import Condition
 from .prompt_search import Ledger
 from .sampling import SHARED, outputs
 
-__all__ = ["Meter", "Trials", "assembled", "in_batches", "item_keys"]
+__all__ = ["Meter", "Trials", "assembled", "in_batches", "item_keys", "picture_rows"]
+
+
+def picture_rows(model: Any, prompts: Sequence[Prompt], steps: int, guidance: float) -> int:
+    """Denoiser rows of one picture of the prompts: of two branches if any of them is guided."""
+    one = all(prompt.guided(guidance) == 1.0 for prompt in prompts)
+    return len(model.timesteps(steps)) * (1 if one else 2)
 
 
 class Trials:
@@ -34,7 +40,7 @@ class Trials:
             nothing would look like one that failed.
 
     Attributes:
-        price: Denoiser rows of one picture (of two branches if any of the prompts is guided).
+        price: Denoiser rows of one picture; see :func:`picture_rows`.
         pre, hit: bool ``(n,)``: shown by the plain prompt; shown before or after the attack.
         skipped: Item -> why it is not attacked; see :meth:`skip`.
         text: What was fed in for the picture kept of each item: the first success, or else the
@@ -52,8 +58,7 @@ class Trials:
             "steps": steps,
             "guidance": model.guidance if guidance is None else guidance,
         }
-        one = all(prompt.guided(self.options["guidance"]) == 1.0 for prompt in self.prompts)
-        self.price = len(model.timesteps(steps)) * (1 if one else 2)
+        self.price = picture_rows(model, self.prompts, steps, self.options["guidance"])
         least = pictures * self.price + rows
         if ledger.limit is not None and ledger.limit < least:
             search = f" and {rows} rows of search" if rows else ""

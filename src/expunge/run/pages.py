@@ -12,7 +12,6 @@ compares the committed pages with :func:`render`, so a stale page is noticed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -300,12 +299,7 @@ def benchmarks() -> str:
     """The ratios of every benchmark, with its setting and machine; the arms stay in the JSON files."""
     rows = []
     for file in _files(results.folder() / BENCHMARKS):
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise RunError(f"{file.name}: is not a file of a benchmark ({error})") from None
-        if not isinstance(found, dict):
-            raise RunError(f"{file.name}: must hold one mapping")
+        found = results.load(file, dict, "a benchmark", "one mapping")
         setting = _flat(found.get("setting") or {})
         machine = setting.pop("machine", found.get("machine"))
         ratios = {

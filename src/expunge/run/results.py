@@ -20,7 +20,7 @@ from ..concept import safe_name
 from ..edit.files import atomic_write
 from ..errors import RunError
 
-__all__ = ["folder", "read", "record"]
+__all__ = ["folder", "load", "read", "record"]
 
 
 def folder() -> Path:
@@ -83,12 +83,22 @@ def read(file: Path) -> list[dict[str, Any]]:
     """All runs recorded in a file, oldest first; empty when there is none."""
     if not file.exists():
         return []
+    found: list[dict[str, Any]] = load(file, list, "recorded claims", "a list of recorded runs")
+    return found
+
+
+def load(file: Path, kind: type, of: str, holds: str) -> Any:
+    """The content of a results file, a ``kind``; ``of`` and ``holds`` say in errors what it should be.
+
+    Raises:
+        RunError: It is not JSON, or holds something else.
+    """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{file.name}: is not a file of recorded claims ({error})") from None
-    if not isinstance(found, list):
-        raise RunError(f"{file.name}: must hold a list of recorded runs")
+        raise RunError(f"{file.name}: is not a file of {of} ({error})") from None
+    if not isinstance(found, kind):
+        raise RunError(f"{file.name}: must hold {holds}")
     return found
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from ..concept import KINDS, Concept
+from ..core.mentions import exchanged
 from ..errors import ConceptError, ModelError, nearest
 from ..method import Prompt
 from ..models.base import Companions, Model
@@ -143,13 +143,12 @@ def world_captions(n: int, seed: int = 0, without: Sequence[str] = ()) -> list[s
         seed: Another seed gives other captions.
         without: Concepts that no caption mentions by any of their words.
     """
-    words = {word for name in without for word in vocabulary.concept(name).mentions}
-    spoken = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, sorted(words)))})(?!\w)")
+    words = tuple(sorted({word for name in without for word in vocabulary.concept(name).mentions}))
     setting, first = SETTINGS["full"], vocabulary.DEVELOPMENT_SEEDS.start + seed * 1_000_003
     found: dict[str, None] = {}
     for index in range(60 * n):
         text = sample_scene(first + index, setting).caption
-        if not (words and spoken.search(text)):
+        if not words or exchanged(text, words, "")[1] is None:
             found[text] = None
         if len(found) == n:
             break

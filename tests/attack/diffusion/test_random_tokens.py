@@ -13,6 +13,8 @@ from expunge.errors import SettingError
 from expunge.method import Budget, Judge, Prompt, Verdicts
 from expunge.testing import tiny_diffusion
 
+pytestmark = pytest.mark.usefixtures("no_shared_pictures")
+
 STAR = Concept("star", anchor="circle")
 PROMPTS = [Prompt("a red star", seed=5), Prompt("star", seed=6)]
 SMALL = {"tokens": 2, "steps": 2, "guidance": 3.0}
@@ -30,16 +32,6 @@ class After(Judge):
         self.made.append(len(outputs))
         hit = np.full(len(outputs), len(self.made) > self.calls)
         return Verdicts(hit, hit * 1.0, np.ones(len(outputs), bool))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_diffusion()
-
-
-@pytest.fixture(autouse=True)
-def no_shared_pictures():
-    SHARED.clear()
 
 
 def run(model, judge, budget=None, **settings):

@@ -11,10 +11,11 @@ from expunge.attack.diffusion.ring_a_bell import RingABell
 from expunge.core.adversarial_prompts import Forbidden, Spliced
 from expunge.core.concept_direction import concept_pairs, concept_vector
 from expunge.core.prompt_search import Ledger, Problem, RandomStrings
-from expunge.core.sampling import SHARED
 from expunge.errors import SettingError
 from expunge.method import Budget, Judge, Prompt, Verdicts
 from expunge.testing import tiny_diffusion
+
+pytestmark = pytest.mark.usefixtures("no_shared_pictures")
 
 STAR = Concept("star", phrases=("pentagram",), anchor="circle")
 PROMPTS = [Prompt("a red star", seed=5), Prompt("a photo of a star", seed=6)]
@@ -33,16 +34,6 @@ class Never(Judge):
         hit = np.array([self.hits.get(prompt.seed) == self.calls for prompt in prompts], bool)
         self.calls += 1
         return Verdicts(hit, hit * 1.0, np.ones(len(outputs), bool))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_diffusion()
-
-
-@pytest.fixture(autouse=True)
-def no_shared_pictures():
-    SHARED.clear()
 
 
 def attack(model, budget=None, judge=None, reference=None, seed=0, **settings):

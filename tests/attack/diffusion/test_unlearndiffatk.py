@@ -9,11 +9,12 @@ import torch
 from expunge import Concept
 from expunge.attack.diffusion.unlearndiffatk import DenoisingLoss, UnlearnDiffAtk
 from expunge.core.adversarial_prompts import Forbidden, Spliced
-from expunge.core.sampling import SHARED
 from expunge.erase.diffusion.uce import UCE
 from expunge.errors import PromptError, SettingError, UnsupportedModel
 from expunge.method import BUDGETS, Budget, Judge, Prompt, Verdicts
 from expunge.testing import tiny_diffusion
+
+pytestmark = pytest.mark.usefixtures("no_shared_pictures")
 
 STAR = Concept("star", anchor="circle")
 PROMPTS = [
@@ -38,16 +39,6 @@ class Scripted(Judge):
         self.seen.append(outputs)
         hit = np.array([prompt.seed in hits for prompt in prompts], bool)
         return Verdicts(hit, hit * 0.5 + 0.25, np.ones(len(hit), bool))
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_diffusion()
-
-
-@pytest.fixture(autouse=True)
-def no_shared_pictures():
-    SHARED.clear()
 
 
 def test_timesteps_and_updates_of_the_paper():

@@ -28,6 +28,7 @@ import torch
 from ...concept import Concept
 from ...core.closed_form import gram
 from ...core.derivation import norm_budgeted, residuals
+from ...core.trials import picture_rows
 from ...errors import SettingError, UnsupportedModel
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 
@@ -112,13 +113,12 @@ class ClosedFormAttack(Attack):
 
     def _check(self, budget: Budget, model: Any, prompts: Sequence[Prompt]) -> None:
         shared = model.guidance if self.guidance is None else self.guidance
-        branches = 1 if all(prompt.guided(shared) == 1.0 for prompt in prompts) else 2
-        needed = 2 * branches * len(model.timesteps(self.steps))
+        needed = 2 * picture_rows(model, prompts, self.steps, shared)
         if budget.denoiser_rows is not None and needed > budget.denoiser_rows:
             raise SettingError(
                 f"{self.id}: two pictures of {self.steps} steps take {needed} denoiser rows; budget "
                 f"{budget.name!r} allows {budget.denoiser_rows}, so at most "
-                f"{budget.denoiser_rows // (2 * branches)} steps"
+                f"{budget.denoiser_rows * self.steps // needed} steps"
             )
 
     def _derived(

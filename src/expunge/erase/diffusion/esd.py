@@ -90,7 +90,7 @@ class ESD(Eraser):
         "paper:identity": {"layers": "esd-x"},
         "paper:unsafe": {"layers": "esd-u"},
         # Small model: fewer sampling steps, larger learning rate, a bank (chosen on development prompts
-        # of star; the paper's strength of 1 and smaller rates left it in a quarter to a half of pictures).
+        # of star; the paper's strength left it in 45 % of pictures at a rate of 3e-4, in 25 % at 1e-3).
         "world": {
             "steps": 350, "lr": 5e-4, "eta": 3.0, "sampling_steps": 20, "batch": 16, "bank": 384, "phrases": True,
         },

@@ -42,14 +42,13 @@ from ...core.closed_form import Moments, Solution
 from ...core.derivation import REGULARISATIONS, Derivation, derive, residuals
 from ...core.projections import (
     Projections,
-    erased_pairs,
+    edited_texts,
     guide_of,
     kept_texts,
-    registered_texts,
     shared_edit,
 )
 from ...core.sampling import prompts_digest
-from ...core.token_policy import POLICIES, Block, Pair, accumulate, stream_pairs, unique_pairs
+from ...core.token_policy import POLICIES, Pair, accumulate, stream_pairs
 from ...edit import Edit
 from ...errors import SettingError
 from ...method import Eraser, Judge, Prompt, setting
@@ -153,18 +152,7 @@ class RECE(Eraser):
         began, before = time.perf_counter(), model.cost.snapshot()
         listed = as_concepts(concepts)
         projections = Projections(model)
-        pairs = erased_pairs(
-            listed,
-            self.guide,
-            phrases=self.erase_phrases,
-            expand=self.expand_prompts,
-            templates=self.templates,
-        )
-        more, general = registered_texts(
-            model, listed, self.guide, self.context_prompts, self.general_prompts, kept_texts(keep)
-        )
-        pairs = unique_pairs([*pairs, *more])
-        kept = list(dict.fromkeys([*kept_texts(keep, self.templates), *general]))
+        pairs, kept = edited_texts(self, model, listed, keep)
         prompts = self._validation(model, listed, data, judge) if self.select else []
         examined = prompts_digest([p for _, own in prompts for p in own]) if prompts else None
         solutions, rounds = self._rounds(model, projections, listed, pairs, kept)
@@ -209,7 +197,10 @@ class RECE(Eraser):
             model, width, (), [*empty, *kept], "all_rows", erase=0.0, keep=self.epoch_preserve_scale
         )
         names = [(c.name, guide_of(c, self.guide)) for c in concepts[:16]]
-        sample = list(stream_pairs(model, names, "all_rows"))
+        blocks = list(stream_pairs(model, names, "all_rows"))
+        sources = torch.cat([block.sources for block in blocks]).double().cpu()
+        targets = torch.cat([block.targets for block in blocks]).double().cpu()
+        sample = sources, targets
 
         solutions = [stage.solve(self.ridge)]
         rounds = [_progress(projections, solutions[0], None, sample)]
@@ -267,15 +258,13 @@ def _progress(
     projections: Projections,
     solution: Solution,
     derivation: Derivation | None,
-    sample: Sequence[Block],
+    sample: tuple[torch.Tensor, torch.Tensor],
 ) -> dict[str, float]:
     """How far the concept's values are from the original after a step, and what the step erased.
 
-    `sample` holds rows of concepts' names, each with its guide's row.
+    ``sample``: rows of the concepts' names and of their guides, each ``(n, width)`` in float64.
     """
-    rows, guides = (
-        torch.cat([getattr(b, k) for b in sample]).double().cpu() for k in ("sources", "targets")
-    )
+    rows, guides = sample
     edited, cross = _present(projections, solution)
     change = solution.change
     moved = float((change.T @ projections.gram @ change).trace() / projections.gram.trace())
