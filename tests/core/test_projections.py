@@ -27,7 +27,7 @@ def test_every_pair_knows_its_name(model):
     concept = Concept("star", phrases=("red heart",), anchor="circle")
     pairs = erased_pairs([concept], None, phrases=True, expand=True, templates=("a plain {}",))
     assert len(pairs) == 14 and {pair.keyword for pair in pairs} == {"star", "red heart"}
-    (block,) = stream_pairs(model, pairs, "keyword_tokens")
+    (block,) = stream_pairs(model.text_inputs()[0], pairs, "keyword_tokens")
     assert block.sizes == (1,) * 7 + (2,) * 7
 
 
@@ -89,8 +89,10 @@ def test_the_report_of_per_layer_targets_says_what_that_of_shared_ones_says():
         return rows.double() @ stack.T
 
     rows = {
-        "empty": torch.cat(list(stream_rows(model, [""], "all_rows"))),
-        "unrelated": torch.cat(list(stream_rows(model, ["heart", "blue square"], "all_rows"))),
+        "empty": torch.cat(list(stream_rows(model.text_inputs()[0], [""], "all_rows"))),
+        "unrelated": torch.cat(
+            list(stream_rows(model.text_inputs()[0], ["heart", "blue square"], "all_rows"))
+        ),
     }
     before = {name: values(r) for name, r in rows.items()}
     with edit.on(model):

@@ -102,7 +102,7 @@ def test_streamed_rows_are_the_rows_of_the_encoded_texts(model, policy, monkeypa
         a, b = paired_rows(policy, *spans)
         wanted.append((rows[0, a], rows[1, b]))
     monkeypatch.setattr("expunge.core.token_policy.CHUNK", 2)
-    blocks = list(stream_pairs(model, pairs, policy))
+    blocks = list(stream_pairs(model.text_inputs()[0], pairs, policy))
     assert [len(block.sizes) for block in blocks] == [2, 1]
     for column, name in enumerate(("sources", "targets")):
         found = torch.cat([getattr(block, name) for block in blocks])
@@ -114,24 +114,30 @@ def test_streamed_rows_are_the_rows_of_the_encoded_texts(model, policy, monkeypa
 def test_only_the_keywords_rows_are_mapped_whatever_stands_around_it(model):
     texts = ["a photo of star", "star", "plain red star of a red star"]
     pairs = [Pair(text, "circle", "star") for text in texts]
-    (block,) = stream_pairs(model, pairs, "keyword_tokens")
+    (block,) = stream_pairs(model.text_inputs()[0], pairs, "keyword_tokens")
     assert block.sizes == (1, 1, 2)
     rows = model.encode(texts).embeddings
     wanted = torch.stack([rows[0, 4], rows[1, 1], rows[2, 3], rows[2, 7]])
     torch.testing.assert_close(block.sources, wanted, atol=1e-5, rtol=1e-5)
-    (whole,) = stream_pairs(model, [Pair(text, "circle") for text in texts], "keyword_tokens")
+    (whole,) = stream_pairs(
+        model.text_inputs()[0], [Pair(text, "circle") for text in texts], "keyword_tokens"
+    )
     assert whole.sizes == (
         4,
         1,
         7,
     )  # control: without a keyword the template's words are mapped too
-    moments = accumulate(model, 32, pairs, (), "keyword_tokens", erase=1.0, keep=0.0)
+    moments = accumulate(model.text_inputs()[0], pairs, (), "keyword_tokens", erase=1.0, keep=0.0)
     assert moments.erase_rows == 4
     torch.testing.assert_close(
         moments.source, wanted.double().T @ wanted.double(), atol=1e-4, rtol=1e-4
     )
     with pytest.raises(PromptError, match="keyword"):
-        list(stream_pairs(model, [Pair("a photo", "circle", "star")], "keyword_tokens"))
+        list(
+            stream_pairs(
+                model.text_inputs()[0], [Pair("a photo", "circle", "star")], "keyword_tokens"
+            )
+        )
 
 
 def test_a_text_is_erased_once_with_its_longest_keyword():
@@ -147,8 +153,7 @@ def test_a_text_is_erased_once_with_its_longest_keyword():
 def test_memory_of_texts_is_not_kept_in_the_model(model):
     before = len(model._texts)
     accumulate(
-        model,
-        32,
+        model.text_inputs()[0],
         [(f"star {i}", "") for i in range(40)],
         ["red"],
         "last_token",
@@ -160,9 +165,9 @@ def test_memory_of_texts_is_not_kept_in_the_model(model):
 
 def test_moments_of_texts_count_rows_and_scales(model):
     pairs, kept = [("star", "circle"), ("red star", "")], ["heart", "square"]
-    one = accumulate(model, 32, pairs, kept, "last_token", erase=2.0, keep=0.5)
+    one = accumulate(model.text_inputs()[0], pairs, kept, "last_token", erase=2.0, keep=0.5)
     assert (one.erase_rows, one.keep_rows) == (2, 2)
-    rows = torch.cat(list(stream_rows(model, kept, "last_token"))).double()
+    rows = torch.cat(list(stream_rows(model.text_inputs()[0], kept, "last_token"))).double()
     assert torch.allclose(one.kept, 0.5 * rows.T @ rows)
-    whole = accumulate(model, 32, pairs, kept, "all_rows", erase=1.0, keep=1.0)
+    whole = accumulate(model.text_inputs()[0], pairs, kept, "all_rows", erase=1.0, keep=1.0)
     assert (whole.erase_rows, whole.keep_rows) == (32, 32)

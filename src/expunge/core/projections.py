@@ -15,7 +15,6 @@ import torch
 
 from ..concept import Concept
 from ..edit import Edit, deltas
-from ..errors import UnsupportedModel
 from .closed_form import Solution, ValueMoments, gram, layer_changes, moved
 from .factors import thin_factors
 from .mentions import exchanged
@@ -23,6 +22,7 @@ from .token_policy import Pair, stream_rows, unique_pairs
 
 if TYPE_CHECKING:
     from ..method import Method
+    from ..models.types import TextInput
 
 __all__ = [
     "Projections",
@@ -46,31 +46,27 @@ OBJECT_TEMPLATES = (
 
 
 class Projections:
-    """The text projections of a model as it is now.
+    """Text projections of a model that take the same rows, as they are now.
 
     Attributes:
         names: Canonical names.
         weights: Name -> present matrix ``(out, width)``, edits included; not copied.
         originals: Name -> matrix of the unedited model; not copied.
         width: Width of the text embeddings.
-
-    Raises:
-        UnsupportedModel: The matrices take rows of different widths, so no single solve serves them.
+        text: Where their rows come from.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, text: TextInput) -> None:
         tensors = model.tensors()
-        self.names = tuple(model.text_projections())
+        self.text, self.names, self.width = text, text.names, text.width
         self.weights = {name: tensors[name].detach() for name in self.names}
         saved = model.edits.originals
         self.originals = {name: saved.get(name, self.weights[name]) for name in self.names}
-        widths = {weight.shape[1] for weight in self.weights.values()}
-        if len(widths) != 1 or any(weight.ndim != 2 for weight in self.weights.values()):
-            raise UnsupportedModel(
-                f"{model.name}: the text projections take rows of widths {sorted(widths)}; "
-                "closed-form edits need one width"
-            )
-        self.width = widths.pop()
+
+    @classmethod
+    def groups(cls, model: Any) -> tuple[Projections, ...]:
+        """All text projections of a model, one group for each kind of rows; each is solved by itself."""
+        return tuple(cls(model, text) for text in model.text_inputs())
 
     @functools.cached_property
     def gram(self) -> torch.Tensor:
@@ -220,21 +216,31 @@ def edited_texts(
     return unique_pairs([*pairs, *more]), list(kept)
 
 
-def _observed(
-    model: Any, projections: Projections, shift: torch.Tensor, avoid: Sequence[str]
-) -> dict[str, Any]:
-    """What moved: keys and values of the empty prompt, and of names that have nothing to do with it.
+class _Observed:
+    """What moved: values of the empty prompt, and of names that have nothing to do with it, over all groups."""
 
-    ``shift`` is the Gram matrix of the layers' changes.
-    """
-    found: dict[str, Any] = {}
-    empty = torch.cat(list(stream_rows(model, [""], "all_rows")))
-    found["empty_prompt_change"] = moved(shift, projections.gram, empty) ** 0.5
-    companions = model.companions
-    unrelated = [name for name in (companions.unrelated if companions else ()) if name not in avoid]
-    rows = list(stream_rows(model, unrelated, "all_rows"))
-    found["drift"] = moved(shift, projections.gram, torch.cat(rows)) if rows else None
-    return found
+    def __init__(self, model: Any, avoid: Sequence[str]) -> None:
+        companions = model.companions
+        unrelated = companions.unrelated if companions else ()
+        self.unrelated = [name for name in unrelated if name not in avoid]
+        self.empty: list[tuple[float, int]] = []
+        self.drift: list[tuple[float, int]] = []
+
+    def add(self, projections: Projections, shift: torch.Tensor) -> None:
+        """Take in a group; ``shift`` is the Gram matrix of its layers' changes."""
+        for texts, found in (([""], self.empty), (self.unrelated, self.drift)):
+            rows = list(stream_rows(projections.text, texts, "all_rows"))
+            if rows:
+                value = moved(shift, projections.gram, torch.cat(rows))
+                found.append((value, len(projections.names)))
+
+    def report(self) -> dict[str, Any]:
+        """``empty_prompt_change`` and ``drift``, groups weighted by their numbers of matrices."""
+        empty, drift = (
+            sum(value * n for value, n in found) / sum(n for _, n in found) if found else None
+            for found in (self.empty, self.drift)
+        )
+        return {"empty_prompt_change": None if empty is None else empty**0.5, "drift": drift}
 
 
 def _summary(layers: Mapping[str, float], weights: Mapping[str, torch.Tensor]) -> float:
@@ -250,38 +256,52 @@ def shared_edit(
     method: Method,
     model: Any,
     concepts: Sequence[Concept],
-    projections: Projections,
-    solution: Solution,
+    solved: Sequence[tuple[Projections, Solution]],
     *,
     keep: Sequence[str],
     seed: int,
     report: Mapping[str, Any],
     **provenance: Any,
 ) -> Edit:
-    """The edit ``W_l -> W_l (I + D)``, stored once as thin factors of ``D``, with its report.
+    """The edit ``W_l -> W_l (I + D)`` with its report; one ``D`` for each group of projections.
 
-    The report says how far the solve can be trusted (``condition``, ``ridge_share``), how large the
+    A single group is stored once, as thin factors of ``D``; several as factors of each layer.  The
+    report says how far the solve can be trusted (``condition``, ``ridge_share``), how large the
     change is (``relative_change``, by layer in ``layers``, ``rank``, ``factor_error``) and what else
     moved (``empty_prompt_change``: relative norm; ``drift``: mean squared relative change of the
-    unrelated names a world registers, ``None`` without them).
+    unrelated names a world registers, ``None`` without them); of several groups, the worst of each.
     """
-    left, right, error = thin_factors(solution.change, solution.rank_bound)
-    layers = layer_changes(projections.weights, left, right)
-    shift = solution.change.T @ projections.gram @ solution.change
+    observed = _Observed(model, [n for c in concepts for n in c.names])
+    tensors: dict[str, torch.Tensor] = {}
+    layers: dict[str, float] = {}
+    rank, worst = 0, 0.0
+    for projections, solution in solved:
+        left, right, error = thin_factors(solution.change, solution.rank_bound)
+        layers |= layer_changes(projections.weights, left, right)
+        observed.add(projections, solution.change.T @ projections.gram @ solution.change)
+        rank = max(rank, int(left.shape[1]) if solution.change.any() else 0)
+        worst = max(worst, error)
+        if len(solved) == 1:
+            tensors = {deltas.LEFT: left.float(), deltas.RIGHT: right.float()}
+            continue
+        for name, weight in projections.weights.items():
+            up = weight.to("cpu", torch.float64) @ left
+            tensors |= {deltas.UP + name: up.float(), deltas.DOWN + name: right.float()}
     full = {
-        "condition": solution.condition,
-        "ridge_share": solution.ridge_share,
-        "rank": int(left.shape[1]) if solution.change.any() else 0,
-        "factor_error": error,
-        "relative_change": _summary(layers, projections.weights),
+        "condition": max(solution.condition for _, solution in solved),
+        "ridge_share": min(solution.ridge_share for _, solution in solved),
+        "rank": rank,
+        "factor_error": worst,
+        "relative_change": _summary(
+            layers, {n: w for p, _ in solved for n, w in p.weights.items()}
+        ),
         "layers": layers,
-        **_observed(model, projections, shift, [n for c in concepts for n in c.names]),
+        **observed.report(),
         **report,
     }
     return Edit.make(
-        method, model, concepts, kind="shared-low-rank",
-        tensors={deltas.LEFT: left.float(), deltas.RIGHT: right.float()},
-        targets=projections.names, keep=keep, seed=seed, report=full, **provenance,
+        method, model, concepts, kind="shared-low-rank" if len(solved) == 1 else "low-rank",
+        tensors=tensors, targets=tuple(layers), keep=keep, seed=seed, report=full, **provenance,
     )  # fmt: skip
 
 
@@ -289,8 +309,7 @@ def per_layer_edit(
     method: Method,
     model: Any,
     concepts: Sequence[Concept],
-    projections: Projections,
-    moments: ValueMoments,
+    solved: Sequence[tuple[Projections, ValueMoments]],
     ridge: float,
     *,
     keep: Sequence[str],
@@ -302,32 +321,41 @@ def per_layer_edit(
 
     The report is that of :func:`shared_edit`, what moved summed over the layers' own changes.
     """
-    changes, factor = moments.solve(ridge)
-    shift = torch.zeros(projections.width, projections.width, dtype=torch.float64)
-    dense, thin, layers, rank = {}, {}, {}, 0
-    for name, change in changes:
-        dense[deltas.DENSE + name] = change.float()
-        left, right, _ = thin_factors(change, moments.erase_rows)
-        thin[deltas.UP + name], thin[deltas.DOWN + name] = left.float(), right.float()
-        layers[name] = float(change.norm()) / max(
-            float(projections.weights[name].float().norm()), 1e-30
-        )
-        rank = max(rank, int(left.shape[1]))
-        shift += change.T @ change
+    observed = _Observed(model, [n for c in concepts for n in c.names])
+    dense: dict[str, torch.Tensor] = {}
+    thin: dict[str, torch.Tensor] = {}
+    layers: dict[str, float] = {}
+    rank, conditions = 0, []
+    for projections, moments in solved:
+        changes, factor = moments.solve(ridge)
+        conditions.append(factor.condition)
+        shift = torch.zeros(projections.width, projections.width, dtype=torch.float64)
+        for name, change in changes:
+            dense[deltas.DENSE + name] = change.float()
+            left, right, _ = thin_factors(change, moments.erase_rows)
+            thin[deltas.UP + name], thin[deltas.DOWN + name] = left.float(), right.float()
+            layers[name] = float(change.norm()) / max(
+                float(projections.weights[name].float().norm()), 1e-30
+            )
+            rank = max(rank, int(left.shape[1]))
+            shift += change.T @ change
+        observed.add(projections, shift)
     smaller = sum(t.numel() for t in thin.values()) < sum(t.numel() for t in dense.values())
     full = {
-        "condition": factor.condition,
-        "ridge_share": moments.ridge_share(ridge),
+        "condition": max(conditions),
+        "ridge_share": min(moments.ridge_share(ridge) for _, moments in solved),
         "rank": rank,
-        "erase_rows": moments.erase_rows,
-        "keep_rows": moments.keep_rows,
-        "relative_change": _summary(layers, projections.weights),
+        "erase_rows": sum(moments.erase_rows for _, moments in solved),
+        "keep_rows": sum(moments.keep_rows for _, moments in solved),
+        "relative_change": _summary(
+            layers, {n: w for p, _ in solved for n, w in p.weights.items()}
+        ),
         "layers": layers,
-        **_observed(model, projections, shift, [n for c in concepts for n in c.names]),
+        **observed.report(),
         **report,
     }
     return Edit.make(
         method, model, concepts, kind="low-rank" if smaller else "dense",
-        tensors=thin if smaller else dense, targets=projections.names,
+        tensors=thin if smaller else dense, targets=tuple(layers),
         keep=keep, seed=seed, report=full, **provenance,
     )  # fmt: skip

@@ -24,11 +24,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import PromptError, SettingError, nearest
+from ..models.types import TextInput
 from .closed_form import Moments
 
 __all__ = [
@@ -36,7 +37,6 @@ __all__ = [
     "Block",
     "Pair",
     "Span",
-    "TextModel",
     "accumulate",
     "kept_rows",
     "paired_rows",
@@ -50,18 +50,6 @@ POLICIES = ("last_token", "last_token_to_end_aligned", "all_rows", "eot_only", "
 
 CHUNK = 32
 """Texts encoded at a time: memory does not grow with the number of phrases."""
-
-
-class TextModel(Protocol):
-    """What is needed of a model: its tokenizer and its text encoder."""
-
-    tokenizer: Any
-
-    def token_ids(self, texts: Sequence[str]) -> torch.Tensor:
-        """Token ids ``(n, T)``."""
-
-    def encode_tokens(self, ids: torch.Tensor) -> Any:
-        """A record whose ``embeddings`` are ``(n, T, width)``."""
 
 
 class Pair(NamedTuple):
@@ -190,52 +178,63 @@ class Block:
 
 
 def stream_pairs(
-    model: TextModel,
+    text: TextInput,
     pairs: Sequence[Pair | tuple[str, str]],
     policy: str,
 ) -> Iterator[Block]:
-    """Encode pairs of texts piece by piece and select their rows.
+    """Encode pairs of texts piece by piece and select their rows, one block a piece.
 
     An empty replacing text is written as one space under ``last_token_to_end_aligned``, as the 2023
-    form does; both are the same to a tokenizer that strips spaces.
+    form does; both are the same to a tokenizer that strips spaces.  Where a model strings together
+    the rows of several text encoders, the policy holds in each of them.
 
     Args:
-        model: Tokenizer and text encoder.
+        text: Where rows come from.
         pairs: The texts; ``keyword_tokens`` maps the rows of their keywords only.
         policy: One of ``POLICIES``.
     """
-    keywords: dict[str | None, tuple[int, ...] | None] = {None: None}
+    keywords: dict[str, list[tuple[int, ...]]] = {}
     for start in range(0, len(pairs), CHUNK):
         part = [Pair(*pair) for pair in pairs[start : start + CHUNK]]
         if policy == "last_token_to_end_aligned":
             part = [pair._replace(replacing=pair.replacing or " ") for pair in part]
         texts = list(dict.fromkeys(text for pair in part for text in pair[:2]))
         where = {text: index for index, text in enumerate(texts)}
-        spans, embeddings = _encode(model, texts)
+        segments = _encode(text, texts)
+        if policy == "keyword_tokens":
+            fresh = {p.keyword for p in part if p.keyword is not None} - set(keywords)
+            names = sorted(fresh)
+            found = [spans for spans, _ in _encode(text, names)] if names else []
+            keywords |= {n: [spans[i].content for spans in found] for i, n in enumerate(names)}
         sources, targets, sizes = [], [], []
         for old, new, keyword in part:
-            if policy == "keyword_tokens" and keyword not in keywords:
-                assert keyword is not None
-                ids = model.token_ids([keyword])[0].tolist()
-                keywords[keyword] = span(model.tokenizer, ids).content
-            a, b = paired_rows(policy, spans[where[old]], spans[where[new]], keywords.get(keyword))
-            sources.append(embeddings[where[old], a])
-            targets.append(embeddings[where[new], b])
-            sizes.append(len(a))
+            size = 0
+            for index, (spans, embeddings) in enumerate(segments):
+                wanted = keywords[keyword][index] if keyword in keywords else None
+                a, b = paired_rows(policy, spans[where[old]], spans[where[new]], wanted)
+                sources.append(embeddings[where[old], a])
+                targets.append(embeddings[where[new], b])
+                size += len(a)
+            sizes.append(size)
         yield Block(torch.cat(sources), torch.cat(targets), tuple(sizes))
 
 
-def stream_rows(model: TextModel, texts: Sequence[str], policy: str) -> Iterator[torch.Tensor]:
+def stream_rows(text: TextInput, texts: Sequence[str], policy: str) -> Iterator[torch.Tensor]:
     """Encode kept texts piece by piece and select their rows, ``(n, width)``."""
     for start in range(0, len(texts), CHUNK):
-        spans, embeddings = _encode(model, texts[start : start + CHUNK])
-        chosen = [embeddings[index, kept_rows(policy, text)] for index, text in enumerate(spans)]
-        yield torch.cat(chosen)
+        part = texts[start : start + CHUNK]
+        segments = _encode(text, part)
+        yield torch.cat(
+            [
+                embeddings[index, kept_rows(policy, spans[index])]
+                for index in range(len(part))
+                for spans, embeddings in segments
+            ]
+        )
 
 
 def accumulate(
-    model: TextModel,
-    width: int,
+    text: TextInput,
     pairs: Sequence[Pair | tuple[str, str]],
     kept: Sequence[str],
     policy: str,
@@ -245,17 +244,16 @@ def accumulate(
     kept_policy: str | None = None,
 ) -> Moments:
     """Moments of pairs (scale ``erase``) and kept texts (scale ``keep``), streamed."""
-    moments = Moments(width)
-    for block in stream_pairs(model, pairs, policy):
+    moments = Moments(text.width)
+    for block in stream_pairs(text, pairs, policy):
         moments.erase(block.sources, block.targets, erase)
-    for rows in stream_rows(model, kept, kept_policy or policy):
+    for rows in stream_rows(text, kept, kept_policy or policy):
         moments.keep(rows, keep)
     return moments
 
 
-def _encode(model: TextModel, texts: Sequence[str]) -> tuple[list[Span], torch.Tensor]:
-    ids = model.token_ids(list(texts))
-    # Token ids are encoded directly: an adapter's cache of texts would hold every phrase in memory.
-    with torch.no_grad():
-        embeddings = model.encode_tokens(ids).embeddings.detach()
-    return [span(model.tokenizer, row.tolist()) for row in ids], embeddings
+def _encode(text: TextInput, texts: Sequence[str]) -> list[tuple[list[Span], torch.Tensor]]:
+    return [
+        ([span(segment.tokenizer, row.tolist()) for row in segment.ids], segment.rows)
+        for segment in text.segments(list(texts))
+    ]

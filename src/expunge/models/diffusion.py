@@ -20,7 +20,7 @@ from ..method import Prompt
 from .attention import dispatching
 from .base import Model, noise_generator
 from .samplers import Sampler, alpha_sigma, prediction_kind
-from .types import Condition, Context, Prediction, PredictionKind
+from .types import Condition, Context, Prediction, PredictionKind, Segment, TextInput
 
 __all__ = ["DiffusionModel"]
 
@@ -105,6 +105,19 @@ class DiffusionModel(Model):
         if not names:
             raise MissingPart(f"{self.name}: the denoiser has no attn2.to_k / attn2.to_v matrices")
         return names
+
+    def text_inputs(self) -> tuple[TextInput, ...]:
+        """The matrices of :meth:`text_projections` in groups that take the same rows, with those rows."""
+        names = self.text_projections()
+        width = self.tensor(names[0]).shape[1]
+        return (TextInput(names, width, self._segments),)
+
+    def _segments(self, texts: Sequence[str]) -> tuple[Segment, ...]:
+        # Token ids are encoded directly: the cache of texts would hold every phrase in memory.
+        ids = self.token_ids(texts)
+        with torch.no_grad():
+            rows = self.encode_tokens(ids).embeddings.detach()
+        return (Segment(self.tokenizer, ids, rows),)
 
     # -- text ----------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Row-wise records that methods and adapters exchange: Condition, Prediction, Context.
+"""Records that methods and adapters exchange: Condition, Prediction, Context, and the text rows of matrices.
 
 A row is one element of a batch.  Methods never know a context length, a width or what a network
 predicts; they read these records.
@@ -7,7 +7,7 @@ predicts; they read these records.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedModel
 
-__all__ = ["Condition", "Context", "Prediction", "PredictionKind"]
+__all__ = ["Condition", "Context", "Prediction", "PredictionKind", "Segment", "TextInput"]
 
 PredictionKind = Literal["epsilon", "v", "x0", "flow"]
 
@@ -80,6 +80,37 @@ class Condition:
             else torch.cat([p.pooled for p in parts if p.pooled is not None]),
             {name: torch.cat([p.extra[name] for p in parts]) for name in first.extra},
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Rows of ``n`` texts that come from one tokenizer, as a group of matrices takes them.
+
+    Attributes:
+        tokenizer: What made the ids; ``None`` where a row stands for a whole text.
+        ids: Token ids ``(n, T)``, one for each row.
+        rows: ``(n, T, width)``.
+    """
+
+    tokenizer: Any
+    ids: Tensor
+    rows: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class TextInput:
+    """A group of matrices that all take the same rows of a text.
+
+    Attributes:
+        names: Canonical names of the matrices, each ``(out, width)``.
+        width: Width of the rows.
+        segments: Texts -> their rows; a pipeline that strings the rows of several text encoders
+            together has one segment for each, in an order that is the same for all texts.
+    """
+
+    names: tuple[str, ...]
+    width: int
+    segments: Callable[[Sequence[str]], Sequence[Segment]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,19 +37,21 @@ def published(model, pairs, kept, epochs, derive_ridge, ridge=0.5, empties=1, ac
         ]
 
     def gather(policy):
-        blocks = list(stream_pairs(model, pairs, policy))
+        blocks = list(stream_pairs(model.text_inputs()[0], pairs, policy))
         return (
             torch.cat([block.sources for block in blocks]).double(),
             torch.cat([block.targets for block in blocks]).double(),
         )
 
     original = layers(model)
-    held = torch.cat(list(stream_rows(model, ["", *kept], "all_rows"))).double()
+    held = torch.cat(list(stream_rows(model.text_inputs()[0], ["", *kept], "all_rows"))).double()
     b = max(0.1, round(1 / (1 + len(kept)), 3))
     first = gather("last_token_to_end_aligned")
     current = solve(original, *first, held, 1.0, b, ridge)
     c, g = gather("all_rows")
-    again = torch.cat(list(stream_rows(model, [" "] * empties + kept, "all_rows"))).double()
+    again = torch.cat(
+        list(stream_rows(model.text_inputs()[0], [" "] * empties + kept, "all_rows"))
+    ).double()
     everything = first
     for _ in range(epochs):
         edited = sum(w.T @ w for w in current)

@@ -30,7 +30,7 @@ def stacked(model) -> torch.Tensor:
 
 
 def rows(model, text, policy="last_token"):
-    return torch.cat(list(stream_rows(model, [text], policy))).double()
+    return torch.cat(list(stream_rows(model.text_inputs()[0], [text], policy))).double()
 
 
 def off(new, old, source, target) -> float:
@@ -45,11 +45,13 @@ def official(model, pairs, kept, a, b, ridge):
     for name in model.text_projections():
         w = model.tensors()[name].detach()
         left, right = ridge * w.clone(), ridge * torch.eye(w.shape[1])
-        for block in stream_pairs(model, pairs, "last_token"):
+        for block in stream_pairs(model.text_inputs()[0], pairs, "last_token"):
             for c, g in zip(block.sources, block.targets, strict=True):
                 left += a * torch.outer(w @ g, c)
                 right += a * torch.outer(c, c)
-        for p in torch.cat(list(stream_rows(model, kept, "last_token"))) if kept else ():
+        for p in (
+            torch.cat(list(stream_rows(model.text_inputs()[0], kept, "last_token"))) if kept else ()
+        ):
             left += b * torch.outer(w @ p, p)
             right += b * torch.outer(p, p)
         edited.append(left @ torch.inverse(right))

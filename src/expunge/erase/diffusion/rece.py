@@ -151,53 +151,51 @@ class RECE(Eraser):
         model.check_family(self)
         began, before = time.perf_counter(), model.cost.snapshot()
         listed = as_concepts(concepts)
-        projections = Projections(model)
+        groups = Projections.groups(model)
         pairs, kept = edited_texts(self, model, listed, keep)
         prompts = self._validation(model, listed, data, judge) if self.select else []
         examined = prompts_digest([p for _, own in prompts for p in own]) if prompts else None
-        solutions, rounds = self._rounds(model, projections, listed, pairs, kept)
-        chosen, rates = len(solutions) - 1, None
+        found = [self._rounds(group, listed, pairs, kept) for group in groups]
+        chosen, rates = self.epochs, None
         report: dict[str, Any] = {
             "token_policy": self.tokens,
             "pairs": len(pairs),
             "kept": len(kept),
-            "epochs": rounds,
+            "epochs": found[0][1] if len(found) == 1 else [rounds for _, rounds in found],
         }
 
         def edit(epoch: int) -> Edit:
+            solved = [(g, s[epoch]) for g, (s, _) in zip(groups, found, strict=True)]
             return shared_edit(
-                self, model, listed, projections, solutions[epoch], keep=kept_texts(keep), seed=seed,
+                self, model, listed, solved, keep=kept_texts(keep), seed=seed,
                 report=report | {"epoch": epoch, "validation_rates": rates},
                 cost=model.cost.since(before), seconds=time.perf_counter() - began, data_digest=examined,
             )  # fmt: skip
 
         if prompts:
-            rates = [_rate(model, edit(epoch), prompts, judge) for epoch in range(len(solutions))]
+            rates = [_rate(model, edit(epoch), prompts, judge) for epoch in range(self.epochs + 1)]
             chosen = rates.index(min(rates))
         return edit(chosen)
 
     def _rounds(
-        self, model: Any, projections: Projections, concepts: Sequence[Concept],
-        pairs: list[Pair], kept: list[str],
+        self, projections: Projections, concepts: Sequence[Concept], pairs: list[Pair], kept: list[str]
     ) -> tuple[list[Solution], list[dict[str, float]]]:  # fmt: skip
         """The solution after the UCE stage and after each epoch, with what to report of each."""
-        width = projections.width
+        text = projections.text
         whole = list(dict.fromkeys(["", *kept]))
         first = whole if self.tokens == "last_token_to_end_aligned" else kept
         scale = self.preserve_scale
         if scale is None:
             scale = max(0.1, round(1.0 / max(1, len(first)), 3))
-        stage = accumulate(
-            model, width, pairs, first, self.tokens, erase=self.erase_scale, keep=scale
-        )
+        stage = accumulate(text, pairs, first, self.tokens, erase=self.erase_scale, keep=scale)
         # The moments of all rows of the concept's texts; those of derived rows follow from them.
-        concept_rows = accumulate(model, width, pairs, (), "all_rows", erase=1.0, keep=0.0)
+        concept_rows = accumulate(text, pairs, (), "all_rows", erase=1.0, keep=0.0)
         empty = [""] * (len(concepts) if self.empty_per_concept else 1)
         held = accumulate(
-            model, width, (), [*empty, *kept], "all_rows", erase=0.0, keep=self.epoch_preserve_scale
+            text, (), [*empty, *kept], "all_rows", erase=0.0, keep=self.epoch_preserve_scale
         )
         names = [(c.name, guide_of(c, self.guide)) for c in concepts[:16]]
-        blocks = list(stream_pairs(model, names, "all_rows"))
+        blocks = list(stream_pairs(text, names, "all_rows"))
         sources = torch.cat([block.sources for block in blocks]).double().cpu()
         targets = torch.cat([block.targets for block in blocks]).double().cpu()
         sample = sources, targets
@@ -213,8 +211,8 @@ class RECE(Eraser):
                 stage = stage.plus(derived, erase=self.epoch_erase_scale)
                 solutions.append(stage.solve(self.ridge))
             else:
-                pairs_now = Moments(width).plus(derived, erase=self.epoch_erase_scale).plus(held)
-                solutions.append(solutions[-1].then(pairs_now.solve(self.epoch_ridge)))
+                fresh = Moments(text.width).plus(derived, erase=self.epoch_erase_scale).plus(held)
+                solutions.append(solutions[-1].then(fresh.solve(self.epoch_ridge)))
             rounds.append(_progress(projections, solutions[-1], derivation, sample))
         return solutions, rounds
 

@@ -122,7 +122,7 @@ class UCE(Eraser):
         model.check_family(self)
         began, before = time.perf_counter(), model.cost.snapshot()
         listed = as_concepts(concepts)
-        projections = Projections(model)
+        groups = Projections.groups(model)
         pairs, kept = edited_texts(self, model, listed, keep)
         if self.tokens == "last_token_to_end_aligned":
             kept = list(dict.fromkeys(["", *kept]))
@@ -134,29 +134,25 @@ class UCE(Eraser):
             "kept": len(kept),
         }
         shared: dict[str, Any] = {"keep": kept_texts(keep), "seed": seed}
+
+        def spent() -> dict[str, Any]:
+            return {"cost": model.cost.since(before), "seconds": time.perf_counter() - began}
+
         if self.technique == "tensor":
-            values = self._tensor_moments(model, projections, pairs, kept, b)
-            provenance = {"cost": model.cost.since(before), "seconds": time.perf_counter() - began}
+            values = [(group, self._tensor_moments(group, pairs, kept, b)) for group in groups]
             return per_layer_edit(
-                self,
-                model,
-                listed,
-                projections,
-                values,
-                self.ridge,
-                report=report,
-                **shared,
-                **provenance,
+                self, model, listed, values, self.ridge, report=report, **shared, **spent()
             )
-        moments = accumulate(
-            model, projections.width, pairs, kept, self.tokens, erase=self.erase_scale, keep=b
-        )
-        solution = moments.solve(self.ridge)
-        report |= {"erase_rows": moments.erase_rows, "keep_rows": moments.keep_rows}
-        provenance = {"cost": model.cost.since(before), "seconds": time.perf_counter() - began}
-        return shared_edit(
-            self, model, listed, projections, solution, report=report, **shared, **provenance
-        )
+        moments = [
+            accumulate(group.text, pairs, kept, self.tokens, erase=self.erase_scale, keep=b)
+            for group in groups
+        ]
+        solved = [(g, m.solve(self.ridge)) for g, m in zip(groups, moments, strict=True)]
+        report |= {
+            "erase_rows": sum(m.erase_rows for m in moments),
+            "keep_rows": sum(m.keep_rows for m in moments),
+        }
+        return shared_edit(self, model, listed, solved, report=report, **shared, **spent())
 
     def preserve_weight(self, kept: int) -> float:
         """The weight b for a number of kept texts."""
@@ -167,16 +163,11 @@ class UCE(Eraser):
         return max(0.1, round(1.0 / max(1, kept), 3))
 
     def _tensor_moments(
-        self,
-        model: Any,
-        projections: Projections,
-        pairs: list[Pair],
-        kept: list[str],
-        b: float,
+        self, projections: Projections, pairs: list[Pair], kept: list[str], b: float
     ) -> ValueMoments:
         """Moments of ``technique="tensor"``: one scalar ``s`` a pair and matrix, not a row."""
         moments = ValueMoments(projections.weights)
-        for block in stream_pairs(model, pairs, self.tokens):
+        for block in stream_pairs(projections.text, pairs, self.tokens):
             sources = block.sources.double().cpu().split(block.sizes)
             targets = block.targets.double().cpu().split(block.sizes)
             for c, g in zip(sources, targets, strict=True):
@@ -187,7 +178,7 @@ class UCE(Eraser):
                     unit = concept / concept.norm().clamp_min(1e-12)
                     wished[name] = guide - (unit * guide).sum() * unit
                 moments.erase(c, wished, self.erase_scale)
-        for rows in stream_rows(model, kept, self.tokens):
+        for rows in stream_rows(projections.text, kept, self.tokens):
             rows = rows.double().cpu()
             moments.keep_moment(rows.T @ rows, len(rows), b)
         return moments
