@@ -42,7 +42,7 @@ import torch
 from expunge import load
 from expunge.core.sampling import SEED_STEP, OutputCache, outputs
 from expunge.method import Prompt
-from expunge.models.diffusion import DiffusionModel
+from expunge.models.diffusion import BATCH, DiffusionModel
 from expunge.testing.bench import clocked, interleaved, machine, publish, timed
 from expunge.world import models as world
 from expunge.world.adapter import GUIDANCE, STEPS
@@ -292,7 +292,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pictures", type=int, default=64, help="pictures of ours and of batched")
     parser.add_argument("--looped", type=int, default=16, help="pictures of looped and of caching")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
-    parser.add_argument("--batch", type=int, default=64, help="pictures at a time")
+    parser.add_argument("--batch", type=int, default=BATCH, help="pictures at a time")
     parser.add_argument("--rounds", type=int, default=5, help="rounds; medians are taken over them")
     parser.add_argument("--threads", type=int, default=1, help="threads; their seconds add up")
     parser.add_argument(
