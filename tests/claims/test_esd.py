@@ -4,7 +4,8 @@
 
 Ordinal claims (arXiv 2303.07345), object "star", preset ``world``, edits of three training seeds:
 
-    erases       the hit rate falls from at least 90 % to at most 20 %
+    erases       the hit rate falls from at least 90 % to at most 20 % (esd-u, the paper's choice for objects;
+                 esd-x stands beside it)
     layers       cross-attention only (esd-x) changes pictures of other concepts less than the rest (esd-u)
     neighbours   pictures of other objects change more than pictures of people
     soft         the shifted embedding (Ring-A-Bell, soft form) brings star back in a large share (20 points)
@@ -52,13 +53,14 @@ def star(layers: str) -> np.ndarray:
 
 def test_erases() -> None:
     original = setup.hits(setup.world(), "star", setup.prompts("star"))
-    holds = original.mean() >= 0.9 and star("esd-x").mean() <= 0.2
+    arms = {"original": original} | {layers: star(layers) for layers in ("esd-u", "esd-x")}
+    holds = original.mean() >= 0.9 and arms["esd-u"].mean() <= 0.2
     assert setup.settle(
         ESD,
         "erases-the-direct-prompt",
         holds,
-        {"original": original, "esd": star("esd-x")},
-        "At least 90 % before, at most 20 % after.",
+        arms,
+        "At least 90 % before, at most 20 % after with esd-u; esd-x for comparison.",
     )
 
 
