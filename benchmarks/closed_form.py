@@ -1,16 +1,36 @@
-"""Closed-form edit of SD 1.5-sized text projections: ours against the published loops, and its growth.
+"""Closed-form edits of SD 1.5-sized text projections: ours against the published loops, and their growth.
 
-    python benchmarks/closed_form.py            # under five minutes on two cores; writes JSON and a plot
+    python benchmarks/closed_form.py            # about five minutes on two cores; writes JSON and a plot
+    python benchmarks/closed_form.py --quick    # seconds; small, judges no target, writes only to --out
 
-The matrices are SD 1.5's: 16 cross-attention layers, key and value each, width 768, random values; 100
-erased and 1,000 kept phrases, one row a phrase.  Arms, each in a process of its own so that the peak
-of memory is its own:
+The matrices are SD 1.5's: 16 cross-attention layers, key and value each, width 768, random values.  Arms,
+each in a process of its own so that the peak of memory is its own:
+
+UCE's solve, 100 erased and 1,000 kept phrases, one row a phrase:
 
     ours         moments streamed once, one Cholesky in float64, thin factors, every matrix edited
     official     the published procedure: for every matrix, phrase by phrase, the values of all 32
                  matrices, outer products in float32, an explicit inverse.  One matrix is timed and
                  multiplied, because the whole takes minutes and every matrix costs nearly the same
     vectorised   the same for every matrix with all phrases in one product and the matrix's own values
+
+Whole RECE (UCE and three epochs of deriving and erasing, all 77 rows of a text), for one text and for ten,
+the empty text and one other kept:
+
+    rece_ours        the eraser's own code: all solves, what it reports of every epoch, and the edit of every
+                     matrix
+    rece_official    the published procedure: in every solve, for every matrix, text by text, the values of
+                     all 32 matrices, outer products of all rows in float32, and an explicit inverse; sums
+                     over all layers in every derivation.  Of each solve one matrix is timed and multiplied.
+                     Left out are the copies of all layers and the texts' encoding for every matrix
+    rece_vectorised  the same with all rows in one product and the matrix's own values only
+
+Memory:
+
+    whole_prompts        100 erased and 1,000 kept texts with all their rows
+    prompts_N            TRCE's first stage: N pairs by their end-of-text row, N kept texts with all 77 rows,
+                         made while they are read.  Flat: from the fewest to the most prompts the peak grows by
+                         at most 1 % of the bytes of their rows (a buffer of 1,024 rows fills on the way)
 
 Seconds are processor seconds, so that a busy machine does not spoil them.  Only ratios measured in one
 run are results; seconds depend on the machine.
@@ -24,97 +44,35 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from _closed_form import (
+    FULL,
+    QUICK,
+    RIDGE,
+    OneMatrix,
+    Size,
+    Texts,
+    looped,
+    matrices,
+    ours,
+    phrases,
+    rece_ours,
+    rece_published,
+    relative,
+    uce_blocks,
+    vectorised,
+)
 
-from expunge.core.closed_form import Moments
-from expunge.core.factors import thin_factors
+from expunge.core.closed_form import Solution
+from expunge.core.token_policy import Pair, accumulate
+from expunge.models.types import TextInput
 from expunge.testing.bench import machine, publish, timed
 
 ROOT = Path(__file__).resolve().parent.parent
-WIDTH = 768
-HEIGHTS = [320] * 2 + [640] * 2 + [1280] * 2 + [1280] + [1280] * 3 + [640] * 3 + [320] * 3
-ERASED, KEPT, ROWS = 100, 1000, 77
-ERASE_SCALE, KEEP_SCALE, RIDGE = 1.0, 1.0, 0.5
-CHUNK = 32
-GROWTH = (1, 10, 100, 1000, 10_000)
-
-
-def matrices() -> list[torch.Tensor]:
-    """Random keys and values of 16 layers, (out, 768) float32, 76 MB."""
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(h, WIDTH, generator=generator) / WIDTH**0.5 for h in HEIGHTS for _ in range(2)
-    ]
-
-
-def phrases(count: int, rows: int, seed: int) -> Iterator[torch.Tensor]:
-    """Embedding rows of phrases as an encoder gives them, some at a time: (n * rows, 768) float32.
-
-    All share a common mean, as text embeddings do; a norm of about 28 a row is that of CLIP.
-    """
-    mean = torch.randn(WIDTH, generator=torch.Generator().manual_seed(99))
-    for start in range(0, count, CHUNK):
-        generator = torch.Generator().manual_seed(1000 * seed + start)
-        n = min(CHUNK, count - start) * rows
-        yield 0.7 * mean + 0.7 * torch.randn(n, WIDTH, generator=generator)
-
-
-def moments_of(erased: int, kept: int, rows: int) -> Moments:
-    """Streamed moments."""
-    moments = Moments(WIDTH)
-    for c, g in zip(phrases(erased, rows, 1), phrases(erased, rows, 2), strict=True):
-        moments.erase(c, g, ERASE_SCALE)
-    for p in phrases(kept, rows, 3):
-        moments.keep(p, KEEP_SCALE)
-    return moments
-
-
-def ours(
-    weights: list[torch.Tensor], erased: int = ERASED, kept: int = KEPT, rows: int = 1
-) -> list[torch.Tensor]:
-    """The edited matrices by the library's solver."""
-    solution = moments_of(erased, kept, rows).solve(RIDGE)
-    left, right, _ = thin_factors(solution.change, solution.rank_bound)
-    left, right = left.float(), right.float()
-    return [torch.addmm(w, w @ left, right) for w in weights]
-
-
-def official(weights: list[torch.Tensor], chosen: list[int]) -> list[torch.Tensor]:
-    """The published procedure for some of the matrices, as described in the module."""
-    erased, guides, kept = (
-        torch.cat(list(phrases(n, 1, s))) for n, s in ((ERASED, 1), (ERASED, 2), (KEPT, 3))
-    )
-    edited = []
-    for index in chosen:
-        left = RIDGE * weights[index]
-        right = RIDGE * torch.eye(WIDTH)
-        triples = [(c, g, ERASE_SCALE) for c, g in zip(erased, guides, strict=True)]
-        triples += [(p, p, KEEP_SCALE) for p in kept]
-        for source, target, scale in triples:
-            values = [w @ target for w in weights]
-            left = left + scale * torch.outer(values[index], source)
-            right = right + scale * torch.outer(source, source)
-        edited.append(left @ torch.inverse(right))
-    return edited
-
-
-def vectorised(weights: list[torch.Tensor]) -> list[torch.Tensor]:
-    """One product for all phrases, and an own system and inverse for each matrix."""
-    erased, guides, kept = (
-        torch.cat(list(phrases(n, 1, s))) for n, s in ((ERASED, 1), (ERASED, 2), (KEPT, 3))
-    )
-    edited = []
-    for w in weights:
-        left = RIDGE * w + ERASE_SCALE * (w @ guides.T) @ erased + KEEP_SCALE * (w @ kept.T) @ kept
-        right = (
-            RIDGE * torch.eye(WIDTH) + ERASE_SCALE * erased.T @ erased + KEEP_SCALE * kept.T @ kept
-        )
-        edited.append(left @ torch.inverse(right))
-    return edited
 
 
 def peak() -> int:
@@ -123,44 +81,106 @@ def peak() -> int:
     return value if sys.platform == "darwin" else value * 1024
 
 
-def relative(found: torch.Tensor, wanted: torch.Tensor, old: torch.Tensor) -> float:
-    """Distance of two edits of one matrix, relative to the change."""
-    return float((found - wanted).double().norm() / (wanted - old).double().norm())
+def rece_arm(size: Size, weights: list[torch.Tensor], name: str) -> dict[str, Any]:
+    """Seconds of one form of RECE, by the number of erased texts."""
+    found: dict[str, Any] = {}
+    for count in size.texts:
+        if name == "rece_ours":
+            seconds, _ = timed(lambda n=count: rece_ours(size, weights, n), 3)
+            found[str(count)] = {"cpu_seconds": seconds}
+        elif name == "rece_vectorised":
+            seconds, edited = timed(lambda n=count: rece_published(size, weights, n, vectorised), 1)
+            mine = rece_ours(size, weights, count)
+            far = max(relative(e, m, w) for e, m, w in zip(edited, mine, weights, strict=True))
+            found[str(count)] = {"cpu_seconds": seconds, "distance_to_ours": far}
+        else:
+            solver = OneMatrix(min(4, len(weights) - 1))  # height 640, below the mean height of 780
+            whole, _ = timed(lambda n=count, s=solver: rece_published(size, weights, n, s), 1)
+            seconds = whole - solver.rest + (len(weights) - 1) * solver.seconds
+            found[str(count)] = {
+                "timed_matrices": 1, "matrices": len(weights), "cpu_seconds": seconds,
+                "distance_to_vectorised": solver.off,
+            }  # fmt: skip
+    return found
 
 
-def arm(name: str) -> dict[str, Any]:
-    """Run one arm in this process."""
-    weights = matrices()
-    torch.linalg.cholesky(torch.eye(WIDTH).double())  # libraries load their parts on first use
-    base = peak()
-    if name in ("ours", "whole_prompts"):
-        rows = ROWS if name == "whole_prompts" else 1
-        seconds, edited = timed(lambda: ours(weights, rows=rows), 1 if rows > 1 else 5)
-        found = {"cpu_seconds": seconds}
-    elif name == "vectorised":
-        seconds, edited = timed(lambda: vectorised(weights), 2)
-        found = {"cpu_seconds": seconds}
-    else:
-        chosen = [4]  # height 640, below the mean height of 780: the scaling does not flatter us
-        each, edited = timed(lambda: official(weights, chosen), 1)
-        found = {"timed_matrices": 1, "matrices": len(weights), "cpu_seconds": each * len(weights)}
-        mine = ours(weights)
-        found["distance_to_ours"] = max(
-            relative(e, mine[i], weights[i]) for e, i in zip(edited, chosen, strict=True)
+def many_texts(count: int) -> tuple[list[Pair], list[str]]:
+    """Pairs and kept texts."""
+    pairs = [Pair(f"an unsafe text number {i}", f"a safe text {i}") for i in range(count)]
+    return pairs, [f"caption {i} of a large set" for i in range(count)]
+
+
+def prompts_arm(size: Size, pairs: Sequence[Pair], kept: Sequence[str]) -> dict[str, Any]:
+    """Moments of many streamed texts: pairs by their end, kept texts with all rows."""
+    text, count = TextInput(("layer",), size.width, Texts(size)), len(pairs)
+
+    def work() -> Solution:
+        moments = accumulate(
+            text,
+            pairs,
+            kept,
+            "eot_only",
+            erase=1.0 / count,
+            keep=1e-2 / count,
+            kept_policy="all_rows",
         )
+        assert (moments.erase_rows, moments.keep_rows) == (count, count * size.rows)
+        return moments.solve(1e-3)
+
+    seconds, _ = timed(work, 1)
+    return {"prompts": count, "cpu_seconds": seconds}
+
+
+def uce_arm(size: Size, weights: list[torch.Tensor], name: str) -> dict[str, Any]:
+    """One form of UCE's solve."""
+    whole = name == "whole_prompts"
+    if name in ("ours", "whole_prompts"):
+        rows = size.rows if whole else 1
+        seconds, _ = timed(
+            lambda: ours(size, weights, size.erased, size.kept, rows), 1 if whole else 5
+        )
+        return {"cpu_seconds": seconds}
+    if name == "vectorised":
+        seconds, _ = timed(lambda: vectorised(weights, uce_blocks(size), RIDGE), 2)
+        return {"cpu_seconds": seconds}
+    chosen = min(4, len(weights) - 1)  # as above: the scaling does not flatter us
+    each, edited = timed(lambda: looped(weights, chosen, uce_blocks(size), RIDGE), 1)
+    mine = ours(size, weights, size.erased, size.kept)
+    return {
+        "timed_matrices": 1, "matrices": len(weights), "cpu_seconds": each * len(weights),
+        "distance_to_ours": relative(edited, mine[chosen], weights[chosen]),
+    }  # fmt: skip
+
+
+def arm(size: Size, name: str) -> Any:
+    """Run one arm in this process."""
+    if name == "growth":
+        return growth(size)
+    weights = matrices(size)
+    torch.linalg.cholesky(torch.eye(size.width).double())  # libraries load their parts on first use
+    texts = many_texts(int(name.removeprefix("prompts_")) if name.startswith("prompts_") else 0)
+    base = peak()
+    if name.startswith("rece_"):
+        found = rece_arm(size, weights, name)
+    elif name.startswith("prompts_"):
+        found = prompts_arm(size, *texts)
+    else:
+        found = uce_arm(size, weights, name)
     found["peak_over_base_bytes"] = peak() - base
     found["edited_bytes"] = sum(w.numel() * 4 for w in weights)
     return found
 
 
-def growth() -> list[dict[str, float]]:
+def growth(size: Size) -> list[dict[str, float]]:
     """Seconds of moments, and of everything, against the number of erased phrases."""
-    weights = matrices()
-    ours(weights, 10, 0)
+    weights = matrices(size)
+    ours(size, weights, 10, 0)
     found = []
-    for count in GROWTH:
-        encoded, _ = timed(lambda n=count: [len(x) for s in (1, 2) for x in phrases(n, 1, s)], 2)
-        whole, _ = timed(lambda n=count: ours(weights, n, 0), 1 if count > 1000 else 2)
+    for count in size.growth:
+        encoded, _ = timed(
+            lambda n=count: [len(x) for s in (1, 2) for x in phrases(size, n, 1, s)], 2
+        )
+        whole, _ = timed(lambda n=count: ours(size, weights, n, 0), 1 if count > 1000 else 2)
         found.append(
             {"phrases": count, "cpu_seconds": whole, "of_these_making_embeddings": encoded}
         )
@@ -194,41 +214,90 @@ def plot(points: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    """Run all arms and write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arm", help="run one arm and print its numbers (used internally)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each arm")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.arm:
-        print(json.dumps(growth() if options.arm == "growth" else arm(options.arm)))
-        return
+def measured(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """All arms, each in a process of its own; a quick run stays in this one."""
     found: dict[str, Any] = {}
     environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-    for name in ("ours", "vectorised", "official", "whole_prompts", "growth"):
-        command = [sys.executable, __file__, "--arm", name, "--threads", str(options.threads)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
+    for name in names:
+        if options.quick:
+            found[name] = arm(QUICK, name)
+        else:
+            command = [sys.executable, __file__, "--arm", name, "--threads", str(options.threads)]
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=True, env=environment
+            )
+            found[name] = json.loads(done.stdout.splitlines()[-1])
         print(f"{name}: {json.dumps(found[name])}", flush=True)
-    mine = found["ours"]["cpu_seconds"]
+    return found
+
+
+def summary(size: Size, found: dict[str, Any], setting: dict[str, Any]) -> dict[str, Any]:
+    """The ratios of a run."""
     limit = found["ours"]["edited_bytes"] + 300 * 10**6
-    result = {
+    peaks = [found[f"prompts_{n}"]["peak_over_base_bytes"] for n in size.prompts]
+    added = (peaks[-1] - peaks[0]) / (size.prompts[-1] - size.prompts[0])
+    share = added / (3 * size.rows * size.width * 4)  # a pair and a kept text, float32
+    uce = {name: found[name]["cpu_seconds"] for name in ("ours", "official", "vectorised")}
+    rece = {
+        other: {
+            f"{n} text{'s' * (n > 1)}": found[f"rece_{other}"][str(n)]["cpu_seconds"]
+            / found["rece_ours"][str(n)]["cpu_seconds"]
+            for n in size.texts
+        }
+        for other in ("official", "vectorised")
+    }
+    return {
         "benchmark": "closed_form",
         "setting": {
-            "width": WIDTH, "matrices": 2 * len(HEIGHTS), "erased": ERASED, "kept": KEPT,
-            **machine(options.threads),
+            "width": size.width, "matrices": 2 * len(size.heights), "erased": size.erased, "kept": size.kept,
+            **setting,
         },
-        "speedup_over_official": found["official"]["cpu_seconds"] / mine,
-        "speedup_over_vectorised": found["vectorised"]["cpu_seconds"] / mine,
+        "speedup_over_official": uce["official"] / uce["ours"],
+        "speedup_over_vectorised": uce["vectorised"] / uce["ours"],
+        "rece_speedup_over_official": rece["official"],
+        "rece_speedup_over_vectorised": rece["vectorised"],
+        "rece_target_met": size is FULL and min(rece["official"].values()) >= 50,
         "peak_within_limit": {
             name: found[name]["peak_over_base_bytes"] <= limit for name in ("ours", "whole_prompts")
         },
         "limit_bytes": limit,
+        "peak_bytes_by_prompts": {str(n): p for n, p in zip(size.prompts, peaks, strict=True)},
+        "peak_growth_over_bytes_of_rows": share,
+        "memory_flat": size is FULL and share <= 0.01,
         "arms": found,
     }  # fmt: skip
-    publish(result, ROOT / "results" / "benchmarks" / "closed_form.json")
-    plot(found["growth"], ROOT / "docs" / "closed-form-growth.png")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run all arms and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arm", help="run one arm and print its numbers (used internally)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each arm")
+    parser.add_argument("--quick", action="store_true", help="small matrices, in this process")
+    parser.add_argument("--out", type=Path, help="where to write; default: the record in results/")
+    options = parser.parse_args(arguments)
+    size = QUICK if options.quick else FULL
+    if not options.quick or options.arm:
+        torch.set_num_threads(options.threads)
+    if options.arm:
+        print(json.dumps(arm(size, options.arm)))
+        return
+    names = [
+        "ours",
+        "vectorised",
+        "official",
+        "whole_prompts",
+        "rece_ours",
+        "rece_vectorised",
+        "rece_official",
+    ]
+    names += [f"prompts_{n}" for n in size.prompts] + ["growth"]
+    found = measured(options, names)
+    result = summary(size, found, {"quick": options.quick, **machine(options.threads)})
+    record = ROOT / "results" / "benchmarks" / "closed_form.json"
+    publish(result, options.out or (None if options.quick else record))
+    if not options.quick:
+        plot(found["growth"], ROOT / "docs" / "closed-form-growth.png")
 
 
 if __name__ == "__main__":

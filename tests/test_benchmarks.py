@@ -1,4 +1,4 @@
-"""The programs in ``benchmarks/``: the clocks they share, and a small run of one of them."""
+"""The programs in ``benchmarks/``: the clocks they share, and a small run of each."""
 
 from __future__ import annotations
 
@@ -16,15 +16,25 @@ from expunge.testing import bench, tiny_diffusion
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def sampling() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("sampling", ROOT / "benchmarks" / "sampling.py")
+def loaded(name: str) -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:  # dataclasses look their module up
-        patch.setitem(sys.modules, "sampling", module)
+        patch.syspath_prepend(ROOT / "benchmarks")
+        patch.setitem(sys.modules, name, module)
         spec.loader.exec_module(module)
         yield module
+
+
+@pytest.fixture(scope="module")
+def sampling() -> Iterator[ModuleType]:
+    yield from loaded("sampling")
+
+
+@pytest.fixture(scope="module")
+def closed_form() -> Iterator[ModuleType]:
+    yield from loaded("closed_form")
 
 
 def test_a_small_run_writes_ratios_and_counts(sampling, tmp_path, capsys):
@@ -95,3 +105,39 @@ def test_results_are_published_with_their_arms_and_printed_without(tmp_path, cap
     assert json.loads(capsys.readouterr().out) == {"benchmark": "b", "ratio": 2.0}
     bench.publish({"benchmark": "b"}, None)
     assert [p.name for p in file.parent.iterdir()] == ["b.json"]
+
+
+def test_the_forms_of_a_closed_form_edit_are_one_edit(closed_form, tmp_path):
+    file = tmp_path / "closed_form.json"
+    closed_form.main(["--quick", "--out", str(file)])
+    found = json.loads(file.read_text())
+    arms = found["arms"]
+    assert found["setting"]["quick"] and found["benchmark"] == "closed_form"
+    # Single precision and an explicit inverse on one side, double precision on the other.
+    assert arms["official"]["distance_to_ours"] < 1e-3
+    for texts in ("1", "2"):
+        assert arms["rece_vectorised"][texts]["distance_to_ours"] < 1e-2
+        assert arms["rece_official"][texts]["distance_to_vectorised"] < 1e-2
+    assert set(found["rece_speedup_over_official"]) == {"1 text", "2 texts"}
+    assert set(found["peak_bytes_by_prompts"]) == {"40", "120"}
+    # Sizes of a quick run say nothing about targets.
+    assert found["rece_target_met"] is False and found["memory_flat"] is False
+
+
+def test_memory_is_flat_and_targets_met_by_what_was_measured(closed_form):
+    size = closed_form.FULL
+    arms = {n: {"cpu_seconds": 1.0, "peak_over_base_bytes": 0, "edited_bytes": 0}
+            for n in ("ours", "official", "vectorised", "whole_prompts")}  # fmt: skip
+    arms |= {
+        f"rece_{name}": {"1": {"cpu_seconds": s}, "10": {"cpu_seconds": 2 * s}}
+        for name, s in (("ours", 1.0), ("official", 50.0), ("vectorised", 4.0))
+    }
+    arms |= {f"prompts_{n}": {"peak_over_base_bytes": 100} for n in size.prompts}
+    found = closed_form.summary(size, arms, {})
+    assert found["rece_target_met"] and found["memory_flat"]
+    assert found["rece_speedup_over_vectorised"] == {"1 text": 4.0, "10 texts": 4.0}
+    arms["rece_official"]["1"]["cpu_seconds"] = 49.0
+    more = (size.prompts[-1] - size.prompts[0]) * 3 * size.rows * size.width * 4
+    arms["prompts_10000"]["peak_over_base_bytes"] = 100 + more // 50
+    found = closed_form.summary(size, arms, {})
+    assert not found["rece_target_met"] and not found["memory_flat"]

@@ -24,13 +24,25 @@ class Sample(Method):
     on: bool = setting(False, "switch")
     how: str = setting("fast", "way", choices=("fast", "slow"))
     curve: tuple[int, ...] = setting((1, 2), "points", minimum=1)
+    words: tuple[str, ...] = setting((), "words")
 
 
 def test_texts_are_converted():
     made = Sample.configured(None, steps="5", lr="1e-3", on="yes", how="slow", curve="3, 4")
     assert made == Sample(5, 1e-3, True, "slow", (3, 4))
     assert Sample.configured("small", lr="none") == Sample(steps=2)
-    assert [row["name"] for row in Sample.describe()] == ["steps", "lr", "on", "how", "curve"]
+    assert [row["name"] for row in Sample.describe()] == [
+        "steps",
+        "lr",
+        "on",
+        "how",
+        "curve",
+        "words",
+    ]
+    lists = Sample.configured(None, curve="3", words="woman, old man")
+    assert (lists.curve, lists.words) == ((3,), ("woman", "old man"))
+    assert Sample.configured(None, words="woman").words == ("woman",)
+    assert Sample.configured(None, words="").words == ()
 
 
 @pytest.mark.parametrize(
@@ -39,6 +51,7 @@ def test_texts_are_converted():
         ({"stepz": 1}, "did you mean 'steps'"), ({"steps": "x"}, "needs int"), ({"steps": 0}, "from 1"),
         ({"steps": 101}, "to 100"), ({"lr": float("nan")}, "allowed"), ({"how": "fas"}, "mean 'fast'"),
         ({"curve": (1, 0)}, "from 1"), ({"on": "maybe"}, "needs bool"), ({"steps": True}, "allowed"),
+        ({"curve": "1,x"}, "needs int"),
     ],
 )  # fmt: skip
 def test_wrong_settings(settings, match):

@@ -403,3 +403,16 @@ def test_keeping_all_pairs_costs_less_drift_and_resists_as_well():
     # The concept's own embedding: between UCE's value and 1.5 times it in both.
     for run in (free, kept):
         assert (run[1:, 2] > 0.7 * run[0, 2]).all() and (run[1:, 2] < 1.5 * run[0, 2]).all()
+
+
+def test_values_of_low_rank_changes_follow_from_the_moment_of_the_rows():
+    c, weights = draw(1, 6, WIDTH), matrices()
+    changes = {n: (draw(2, w.shape[0], 2), draw(3, 2, WIDTH)) for n, w in weights.items()}
+    rows, moment = ValueMoments(weights), ValueMoments(weights)
+    rows.erase(c, {n: c @ (w + changes[n][0] @ changes[n][1]).T for n, w in weights.items()}, 0.7)
+    moment.erase_moment(c.T @ c, 6, changes, 0.7)
+    assert moment.erase_rows == 6
+    assert relative(moment.system, rows.system) < 1e-12
+    wanted = dict(rows.solve(0.1)[0])
+    for name, delta in moment.solve(0.1)[0]:
+        assert relative(delta, wanted[name]) < 1e-9

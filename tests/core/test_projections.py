@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from expunge import Concept
-from expunge.core.closed_form import Moments
-from expunge.core.projections import erased_pairs, registered_texts
+from expunge.core.closed_form import Moments, ValueMoments
+from expunge.core.projections import (
+    Projections,
+    erased_pairs,
+    per_layer_edit,
+    registered_texts,
+)
 from expunge.core.token_policy import stream_pairs, stream_rows
 from expunge.erase.diffusion.rece import RECE
 from expunge.erase.diffusion.uce import UCE
@@ -104,3 +109,22 @@ def test_the_report_of_per_layer_targets_says_what_that_of_shared_ones_says():
     assert report["empty_prompt_change"] == pytest.approx(float(ratio["empty"]) ** 0.5, rel=1e-3)
     assert report["drift"] == pytest.approx(float(ratio["unrelated"]), rel=1e-3)
     assert report["drift"] > 1e-6
+
+
+def test_an_edit_leads_from_the_present_weights_wherever_the_ridge_pulls():
+    """Moments around other matrices than the model's: the edited weights are the minimisers themselves."""
+    model = tiny_diffusion()
+    (group,) = Projections.groups(model)
+    draw = torch.Generator().manual_seed(0)
+    centres = {
+        n: w.double() + 0.1 * torch.randn(w.shape, generator=draw, dtype=torch.float64)
+        for n, w in group.weights.items()
+    }
+    moments = ValueMoments(centres)
+    edit = per_layer_edit(UCE(), model, [STAR], [(group, moments)], 1.0, keep=(), seed=0, report={})
+    # Nothing but the ridge: the weights become the centres.
+    with edit.on(model):
+        for name, centre in centres.items():
+            torch.testing.assert_close(
+                model.tensor(name).detach().double(), centre, atol=1e-5, rtol=1e-5
+            )

@@ -9,6 +9,7 @@ import torch
 
 from expunge.core.token_policy import (
     POLICIES,
+    TOKEN_GROUPS,
     Pair,
     accumulate,
     kept_rows,
@@ -83,8 +84,39 @@ def test_the_other_policies():
 
 def test_kept_texts_give_one_row_or_all():
     assert kept_rows("last_token", clip(5, 6)) == [2]
-    for policy in POLICIES[1:]:
+    assert kept_rows("content_to_end", clip(5, 6)) == [1, 2, 3]
+    for policy in set(POLICIES[1:]) - {"content_to_end"}:
         assert kept_rows(policy, clip(5, 6)) == list(range(LENGTH))
+
+
+def test_content_is_aligned_from_the_end_backwards():
+    long, short = clip(5, 6, 7), clip(8)
+    assert paired_rows("content_to_end", long, short) == ([1, 2, 3, 4], [1, 1, 1, 2])
+    assert paired_rows("content_to_end", short, long) == ([1, 2], [3, 4])
+    assert paired_rows("content_to_end", long, clip()) == ([1, 2, 3, 4], [1, 1, 1, 1])
+    assert paired_rows("content_to_end", clip(), short) == ([1], [2])
+    cut = span(T5, [5, 6, 7])  # no end token is left
+    assert paired_rows("content_to_end", cut, cut) == ([0, 1, 2], [0, 1, 2])
+    pooled = span(None, [0])
+    assert paired_rows("content_to_end", pooled, pooled) == ([0], [0])
+
+
+def test_groups_of_rows_that_only_an_ablation_weighs():
+    long, short = clip(5, 6, 7), clip(8)
+    assert paired_rows("sot_only", long, short) == ([0], [0])
+    # One row for each of the paddings of the erased text: rows 5 to 9, and 3 to 9.
+    assert paired_rows("last_row_only", long, short) == ([9] * 5, [9] * 5)
+    assert paired_rows("last_row_only", short, long) == ([9] * 7, [9] * 7)
+    no_start = span(T5, [5, 6, 1, 0, 0])
+    assert paired_rows("sot_only", no_start, no_start) == ([], [])
+    assert paired_rows("last_row_only", no_start, no_start) == ([4, 4], [4, 4])
+    cut = span(T5, [5, 6, 7])
+    assert paired_rows("last_row_only", cut, cut) == ([], [])
+    pooled = span(None, [0])
+    for group in ("sot_only", "last_row_only"):
+        assert paired_rows(group, pooled, pooled) == ([0], [0])
+    assert not {"sot_only", "last_row_only"} & set(POLICIES)
+    assert {"eot_only", "keyword_tokens"} < set(TOKEN_GROUPS)
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +203,36 @@ def test_moments_of_texts_count_rows_and_scales(model):
     assert torch.allclose(one.kept, 0.5 * rows.T @ rows)
     whole = accumulate(model.text_inputs()[0], pairs, kept, "all_rows", erase=1.0, keep=1.0)
     assert (whole.erase_rows, whole.keep_rows) == (32, 32)
+
+
+def test_aligned_rows_are_what_two_texts_share_around_the_concept():
+    # "a b X Y" against "a b Z": start, a, b; end; padding from each one's own end until the longer is full.
+    old, new = paired_rows("aligned", clip(1, 2, 7, 8), clip(1, 2, 9))
+    assert old == [0, 1, 2, 5, 6, 7, 8, 9] and new == [0, 1, 2, 4, 5, 6, 7, 8]
+    # The name in the middle: the words after it are paired by their distance from the end.
+    old, new = paired_rows("aligned", clip(1, 7, 8, 9, 2, 3), clip(1, 5, 2, 3))
+    assert old == [0, 1, 5, 6, 7, 8, 9] and new == [0, 1, 3, 4, 5, 6, 7]
+    # A longer replacing text is the one that limits the padding.
+    old, new = paired_rows("aligned", clip(1, 7), clip(1, 4, 5, 6))
+    assert old == [0, 1, 3, 4, 5, 6, 7] and new == [0, 1, 5, 6, 7, 8, 9]
+
+
+def test_aligned_keeps_a_word_shared_at_an_edge_and_drops_the_middle_of_a_repeated_name():
+    # The two phrases share their last piece 8: it is paired.
+    old, new = paired_rows("aligned", clip(1, 7, 8), clip(1, 9, 8))
+    assert old[:4] == [0, 1, 3, 4] and new[:4] == [0, 1, 3, 4] and len(old) == 9
+    # Named twice: what stands between the first and the last mention is dropped, shared words too.
+    old, new = paired_rows("aligned", clip(1, 7, 2, 7, 3), clip(1, 9, 2, 9, 3))
+    assert old == [0, 1, 5, 6, 7, 8, 9] == new
+    # A prefix is never counted again as a suffix.
+    old, new = paired_rows("aligned", clip(4, 4), clip(4, 4, 4))
+    assert old == [0, 1, 2, 3, 4, 5, 6, 7, 8] and new == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+
+
+def test_aligned_empty_equal_and_full_texts():
+    old, new = paired_rows("aligned", clip(7), clip())
+    assert old == [0, 2, 3, 4, 5, 6, 7, 8, 9] and new == list(range(9))
+    assert paired_rows("aligned", clip(5, 6), clip(5, 6)) == (list(range(LENGTH)),) * 2
+    # Cut at the context length, without an end token: nothing after the concept is left to pair.
+    full = span(T5, [5, 6, 7, 8])
+    assert paired_rows("aligned", full, span(T5, [5, 9, 1, 0])) == ([0], [0])

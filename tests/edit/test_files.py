@@ -38,11 +38,13 @@ def content(edit, tmp_path_factory):
     return path.read_bytes()
 
 
-def refused(path: Path, data: bytes | None = None, match: str = "") -> None:
+def refused(path: Path, data: bytes | None = None, match: str = "") -> bool:
+    """Whether reading the file is refused in our words, ``match`` (or the file's name) among them."""
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(ExpungeError, match=match or path.name):
         Edit.load(path)
+    return True
 
 
 def split(content: bytes) -> tuple[dict, bytes]:
@@ -82,8 +84,8 @@ def test_truncated_anywhere(content, tmp_path):
         len(content) - 1,
         *(draw.randrange(len(content)) for _ in range(60)),
     }:
-        refused(tmp_path / "short.safetensors", content[:length])
-    refused(tmp_path / "long.safetensors", content + b"\0")
+        assert refused(tmp_path / "short.safetensors", content[:length])
+    assert refused(tmp_path / "long.safetensors", content + b"\0")
 
 
 def test_any_flipped_bit_is_noticed(model, content, tmp_path):
@@ -101,26 +103,26 @@ def test_any_flipped_bit_is_noticed(model, content, tmp_path):
 
 @pytest.mark.parametrize("length", [0, 1, 7, 2**63, 2**64 - 1, 100_000_001])
 def test_header_lengths(content, tmp_path, length):
-    refused(tmp_path / "head.safetensors", length.to_bytes(8, "little") + content[8:])
+    assert refused(tmp_path / "head.safetensors", length.to_bytes(8, "little") + content[8:])
 
 
 def test_headers_that_are_not_ours(content, tmp_path):
     path = tmp_path / "head.safetensors"
     header, data = split(content)
     text = json.dumps(header)
-    refused(path, joined(b"\xff\xfe" * 20, data), "not valid JSON")
-    refused(path, joined(b"{" * 5000, data), "not valid JSON")
-    refused(path, joined(b"[" * 90_000, data), "not valid JSON")
-    refused(path, joined(b"[1, 2]", data))
-    refused(path, joined((text[:-1] + ', "shared.left": {}}').encode(), data), "twice")
+    assert refused(path, joined(b"\xff\xfe" * 20, data), "not valid JSON")
+    assert refused(path, joined(b"{" * 5000, data), "not valid JSON")
+    assert refused(path, joined(b"[" * 90_000, data), "not valid JSON")
+    assert refused(path, joined(b"[1, 2]", data))
+    assert refused(path, joined((text[:-1] + ', "shared.left": {}}').encode(), data), "twice")
     for metadata in (None, [], "text", {}, {"expunge": 3}, {"expunge": None}, {"expunge": {}}):
-        refused(path, joined({**header, "__metadata__": metadata}, data))
+        assert refused(path, joined({**header, "__metadata__": metadata}, data))
     entry = dict(header["shared.left"])
     for change in (
         {"data_offsets": [0, 10**12]}, {"data_offsets": [8, 4]}, {"shape": [2**40, 2**40]},
         {"dtype": "X9"}, {"dtype": "F64"}, {"shape": [1]}, {"shape": "x"},
     ):  # fmt: skip
-        refused(path, joined({**header, "shared.left": {**entry, **change}}, data))
+        assert refused(path, joined({**header, "shared.left": {**entry, **change}}, data))
 
 
 def sealed(content: bytes, **changes) -> bytes:
@@ -136,22 +138,22 @@ def test_manifests_are_validated(content, tmp_path):
     path = tmp_path / "manifest.safetensors"
     path.write_bytes(sealed(content))
     Edit.load(path)  # control
-    refused(path, sealed(content, nonsense=1), "nonsense")
-    refused(path, sealed(content, kind="odd"), "kind")
-    refused(path, sealed(content, method=...), "method")
-    refused(path, sealed(content, base={}), "base")
-    refused(path, sealed(content, format=1), "format 1; this version of expunge reads format 2")
-    refused(path, sealed(content, format=3), "format 3")
-    refused(path, sealed(content, format="2"), "format")
-    refused(path, sealed(content, version=0), "version")
-    refused(path, sealed(content, tensors_digest="0" * 64), "digest")
-    refused(path, sealed(content, kind="dense"), "lacks the tensor")
+    assert refused(path, sealed(content, nonsense=1), "nonsense")
+    assert refused(path, sealed(content, kind="odd"), "kind")
+    assert refused(path, sealed(content, method=...), "method")
+    assert refused(path, sealed(content, base={}), "base")
+    assert refused(path, sealed(content, format=1), "format 1; this version of expunge reads format 2")
+    assert refused(path, sealed(content, format=3), "format 3")
+    assert refused(path, sealed(content, format="2"), "format")
+    assert refused(path, sealed(content, version=0), "version")
+    assert refused(path, sealed(content, tensors_digest="0" * 64), "digest")
+    assert refused(path, sealed(content, kind="dense"), "lacks the tensor")
     header, data = split(content)
     for text in ("{", "1" * 5000, "[" * 90_000, "null", '"x"'):
         metadata = {"expunge": text, "expunge_sha256": files._seal(text), "format": "pt"}
-        refused(path, joined({**header, "__metadata__": metadata}, data))
+        assert refused(path, joined({**header, "__metadata__": metadata}, data))
     header["__metadata__"]["expunge"] = header["__metadata__"]["expunge"].replace("maker", "baker")
-    refused(path, joined(header, data), "does not agree with its digest")
+    assert refused(path, joined(header, data), "does not agree with its digest")
 
 
 class Payload:
@@ -165,22 +167,22 @@ class Payload:
 def test_other_files_in_disguise(tmp_path):
     path, canary = tmp_path / "edit.safetensors", tmp_path / "canary"
     for protocol in (0, 2, 4):
-        refused(path, pickle.dumps(Payload(canary), protocol))
+        assert refused(path, pickle.dumps(Payload(canary), protocol))
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickle.dumps(Payload(canary)))
-    refused(path)
+    assert refused(path)
     torch.save({"w": torch.zeros(3)}, path)
-    refused(path)
-    refused(path, safetensors.save({"w": torch.zeros(3)}), "no expunge manifest")
+    assert refused(path)
+    assert refused(path, safetensors.save({"w": torch.zeros(3)}), "no expunge manifest")
     assert not canary.exists()
     folder = tmp_path / "folder.safetensors"
     folder.mkdir()
-    refused(folder, match="not a regular file")
-    refused(tmp_path / "missing.safetensors", match="not a regular file")
+    assert refused(folder, match="not a regular file")
+    assert refused(tmp_path / "missing.safetensors", match="not a regular file")
     pipe = tmp_path / "pipe.safetensors"
     os.mkfifo(pipe)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
-    refused(pipe, match="not a regular file")
+    assert refused(pipe, match="not a regular file")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

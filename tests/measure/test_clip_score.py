@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel
 
-from expunge.errors import ProtocolError
-from expunge.measure.clip_score import ClipScore
+from expunge.concept import Concept
+from expunge.errors import ProtocolError, SettingError
+from expunge.measure.clip_score import ClipScore, ClipZeroShot
 from expunge.method import Prompt
 
 
@@ -92,3 +93,27 @@ def test_another_size_is_resized_and_another_model_is_not_compared(clip: CLIPMod
     with pytest.raises(ProtocolError):
         score.compute().minus(other.compute())
     assert ClipScore(clip, Letters(), "empty").compute().value is None
+
+
+def test_zero_shot_classes_are_the_softmax_of_the_scores(clip: CLIPModel) -> None:
+    score = ClipScore(clip, Letters(), "small")
+    judge = ClipZeroShot(score, ("woman", "man", "cat"), "a {}")
+    found = {name: judge.judge(PICTURES, Concept(name), PROMPTS) for name in judge.labels}
+    table = np.stack(
+        [score.scores(PICTURES, [Prompt(f"a {name}")] * 6) for name in judge.labels], axis=1
+    )
+    np.testing.assert_allclose(
+        score.table(PICTURES, [f"a {n}" for n in judge.labels]), table, atol=1e-3
+    )
+    shares = np.stack([verdict.score for verdict in found.values()], axis=1)
+    np.testing.assert_allclose(
+        shares, np.exp(table) / np.exp(table).sum(axis=1, keepdims=True), atol=1e-3
+    )
+    assert (shares.argmax(axis=1) == table.argmax(axis=1)).all()
+    assert all((v.hit == (v.score >= 0.5)).all() and v.recognisable.all() for v in found.values())
+    assert "woman|man|cat" in judge.protocol and score.protocol in judge.protocol
+    assert not len(judge.judge(PICTURES[:0], Concept("man"), []).hit)
+    with pytest.raises(SettingError, match="woman"):
+        judge.judge(PICTURES, Concept("women"), PROMPTS)
+    with pytest.raises(SettingError, match="two"):
+        ClipZeroShot(score, ("woman", "woman"))

@@ -143,3 +143,17 @@ def test_schedules_that_are_not_known_are_refused():
     other = diffusers.DDIMScheduler(prediction_type="flow_prediction")
     with pytest.raises(UnsupportedModel, match="flow_prediction"):
         prediction_kind(other)
+
+
+def test_flow_matching_in_a_solver_with_a_table_of_alphas():
+    make = diffusers.DPMSolverMultistepScheduler
+    scheduler = make(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    assert prediction_kind(scheduler) == "flow"
+    sampler = Sampler(scheduler, 5)
+    alpha, sigma = alpha_sigma(scheduler, sampler.times)
+    # Timesteps are whole thousandths there, the solver's own noise levels are not rounded.
+    torch.testing.assert_close(sigma.float(), scheduler.sigmas[:5], atol=1e-3, rtol=0)
+    torch.testing.assert_close(alpha + sigma, torch.ones(5, dtype=torch.float64))
+    for half in ({"prediction_type": "flow_prediction"}, {"use_flow_sigmas": True}):
+        with pytest.raises(UnsupportedModel, match="flow matching needs both"):
+            prediction_kind(make(**half))

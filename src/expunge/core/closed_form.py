@@ -115,6 +115,11 @@ class Moments:
         """``sum b p p^T``."""
         return self._sum("kept")
 
+    @property
+    def cross(self) -> torch.Tensor:
+        """``sum a g c^T``."""
+        return self.shift + self.source
+
     def erase(
         self,
         sources: torch.Tensor,
@@ -181,7 +186,7 @@ class Moments:
 
         The derivation is linear in ``(c, g)``, so no row is needed again.
         """
-        cross = self.shift + self.source  # sum a g c^T
+        cross = self.cross
         m = derivation.from_source
         target_source = cross @ m.T  # sum a g c'^T
         source = m @ self.source @ m.T
@@ -199,20 +204,22 @@ class Moments:
         fresh.erase_rows = self.erase_rows
         return fresh
 
-    def solve(self, ridge: float) -> Solution:
+    def solve(self, ridge: float, shift: torch.Tensor | None = None) -> Solution:
         """Minimise the objective of this module; see :class:`Factor` for what is refused.
 
         Args:
             ridge: Weight of ``||W - W_old||_F^2``; zero needs moments of full rank.
+            shift: ``sum a (g - c) c^T`` of other targets for the same sources, in place of these.
         """
+        shift = self.shift if shift is None else shift
         system = self.source + self.kept
         factor = Factor(_ridged(system, ridge), "closed-form edit")
         bound = min(self.erase_rows, self.width)
-        basis = range_basis(self.shift, bound)
+        basis = range_basis(shift, bound)
         if basis is None:
-            change = factor.solve_left(self.shift)
+            change = factor.solve_left(shift)
         else:
-            change = basis @ factor.solve_left(basis.T @ self.shift)
+            change = basis @ factor.solve_left(basis.T @ shift)
         return Solution(
             change=change,
             rank_bound=bound,
@@ -252,6 +259,30 @@ class ValueMoments:
         for name, centre in self.centres.items():
             wished = values[name].detach().to("cpu", torch.float64)
             self.residuals[name] += scale * (wished - c @ _double(centre).T).T @ c
+
+    def erase_moment(
+        self,
+        moment: torch.Tensor,
+        rows: int,
+        changes: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+        scale: float = 1.0,
+    ) -> None:
+        """Take in ``sum x x^T`` over rows that shall get the values of ``centre + up down``.
+
+        The same as :meth:`erase` with those values; no row is needed again, and rank-one changes cost little.
+
+        Args:
+            moment: ``(width, width)``, summed over ``rows`` rows.
+            rows: Their number.
+            changes: Name -> ``up (out, r)`` and ``down (r, width)``, for every matrix.
+            scale: Weight of the rows.
+        """
+        moment = scale * moment.to("cpu", torch.float64)
+        self.system += moment
+        self.erase_rows += rows
+        for name in self.centres:
+            up, down = changes[name]
+            self.residuals[name] += _double(up) @ (_double(down) @ moment)
 
     def keep_moment(
         self,

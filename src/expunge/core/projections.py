@@ -31,6 +31,7 @@ __all__ = [
     "guide_of",
     "kept_texts",
     "per_layer_edit",
+    "preserved",
     "registered_texts",
     "shared_edit",
 ]
@@ -141,6 +142,16 @@ def kept_texts(keep: Sequence[Concept | str], templates: Sequence[str] = ()) -> 
     return list(
         dict.fromkeys(form.replace("{}", name) for name in names for form in ("{}", *templates))
     )
+
+
+def preserved(policy: str, kept: Sequence[str]) -> tuple[list[str], float]:
+    """The texts that a closed-form edit keeps, and the weight of their rows in the 2023 form of UCE.
+
+    Under ``last_token_to_end_aligned`` the empty text is always among them.  The weight falls with the
+    number of texts ``n``: ``max(0.1, 1 / n)``, rounded to three decimals.
+    """
+    texts = list(dict.fromkeys(["", *kept] if policy == "last_token_to_end_aligned" else kept))
+    return texts, max(0.1, round(1.0 / max(1, len(texts)), 3))
 
 
 def registered_texts(
@@ -319,6 +330,7 @@ def per_layer_edit(
 ) -> Edit:
     """The edit of per-layer targets: low-rank factors or dense changes, whichever are smaller.
 
+    The moments' centres may be other matrices than the present ones; the edit leads from the present ones.
     The report is that of :func:`shared_edit`, what moved summed over the layers' own changes.
     """
     observed = _Observed(model, [n for c in concepts for n in c.names])
@@ -331,6 +343,11 @@ def per_layer_edit(
         conditions.append(factor.condition)
         shift = torch.zeros(projections.width, projections.width, dtype=torch.float64)
         for name, change in changes:
+            present, centre = projections.weights[name], moments.centres[name]
+            if centre is not present:
+                change = change + (
+                    centre.to("cpu", torch.float64) - present.to("cpu", torch.float64)
+                )
             dense[deltas.DENSE + name] = change.float()
             left, right, _ = thin_factors(change, moments.erase_rows)
             thin[deltas.UP + name], thin[deltas.DOWN + name] = left.float(), right.float()

@@ -27,10 +27,12 @@ from ..errors import PromptError
 from ..method import Outputs, Prompt
 
 if TYPE_CHECKING:
+    from ..concept import Concept
     from ..models.base import Model
 
 __all__ = [
     "SHARED", "OutputCache", "as_prompts", "expand", "output_key", "outputs", "pictures", "prompts_digest",
+    "validation_prompts",
 ]  # fmt: skip
 
 SEED_STEP = 1_000_003
@@ -142,6 +144,31 @@ def as_prompts(
     if not found:
         raise PromptError("no prompt was given; at least one is needed")
     return found
+
+
+def validation_prompts(
+    model: Model, concept: Concept, data: Any, n: int, seed: int = 0
+) -> list[Prompt]:
+    """Prompts of a concept that a method may look at while it learns.
+
+    Args:
+        model: Its companions are asked where there is no ``data``.
+        concept: What the prompts shall call for.
+        data: Texts or prompts; those that name another concept are left out.  All of them are used.
+        n: Development prompts of the world a model comes from.
+        seed: Another seed gives other development prompts.
+
+    Returns:
+        An empty list where neither ``data`` nor a world has any.
+    """
+    if data is not None:
+        return [p for p in as_prompts(data) if p.concept in (None, concept.name)]
+    companions = model.companions
+    if companions is None or companions.prompts is None:
+        return []
+    if companions.concept(concept.name) is None:
+        return []
+    return list(companions.prompts(concept.name, n, seed=seed, split="development"))
 
 
 def expand(prompts: Sequence[Prompt], seeds: int) -> list[Prompt]:

@@ -87,8 +87,10 @@ def draw(
         )
         which = torch.tensor([i % len(texts) for i in rows])
         sampler = model.sampler(steps, [noise_generator(seed, "walk noise", i) for i in rows])
-        towards = model.encode([texts[int(i)] for i in which])
-        latents = _walk(model, sampler, towards, noise, stops[depths], guidance)
+        towards, weight = model.encode([texts[int(i)] for i in which]), guidance
+        if not model.two_branches:
+            towards, weight = model.with_guidance(towards, guidance), 1.0
+        latents = _walk(model, sampler, towards, noise, stops[depths], weight)
         parts.append(Trajectories(latents, whole.times.cpu()[stops[depths]], which))
     return Trajectories(
         torch.cat([p.latents for p in parts]),
@@ -109,7 +111,7 @@ def _walk(
     """The rows at ``times[stops]``, scaled for the denoiser."""
     latents = sampler.start(noise.to(model.device, model.dtype))
     done, value = latents.clone(), torch.zeros_like(latents)
-    empty = model.encode([""])
+    empty = model.unconditional()
     for call, time in enumerate(sampler.times):
         seen = sampler.seen(latents, time)
         arrived = (stops == call).nonzero().flatten()

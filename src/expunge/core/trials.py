@@ -26,8 +26,8 @@ __all__ = ["Meter", "Trials", "assembled", "in_batches", "item_keys", "picture_r
 
 
 def picture_rows(model: Any, prompts: Sequence[Prompt], steps: int, guidance: float) -> int:
-    """Denoiser rows of one picture of the prompts: of two branches if any of them is guided."""
-    one = all(prompt.guided(guidance) == 1.0 for prompt in prompts)
+    """Denoiser rows of one picture of the prompts: of two branches if any of them is guided by one."""
+    one = not model.two_branches or all(prompt.guided(guidance) == 1.0 for prompt in prompts)
     return len(model.timesteps(steps)) * (1 if one else 2)
 
 

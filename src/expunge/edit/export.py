@@ -72,15 +72,20 @@ def export(
         raise InputError(f"exporting {what} needs the model the edit was fitted on")
     if model is not None and format == "full":
         return _full(edit, Path(path), model)
+    if format in ("diffusers", "kohya"):
+        _need_loader(edit, format, model)
     factors, report = lora_factors(edit, model, rank, format)
     half = {n: (up.to(torch.float32), down.to(torch.float32)) for n, (up, down) in factors.items()}
     if format == "diffusers":
         tensors = {
-            f"{_module(n)}.lora_{k}.weight": t for n, pair in half.items() for k, t in _ab(pair)
+            f"{_library_path(n, model)}.lora_{k}.weight": t
+            for n, pair in _one_rank(half).items()
+            for k, t in _ab(pair)
         }
         files.atomic_write(path, safetensors.save(tensors, metadata=_metadata(edit)))
     elif format == "kohya":
-        files.atomic_write(path, safetensors.save(_kohya(half), metadata=_metadata(edit)))
+        several = model is not None and "text_encoder_2" in model.parts()
+        files.atomic_write(path, safetensors.save(_kohya(half, several), metadata=_metadata(edit)))
     elif model is not None:
         _peft(edit, Path(path), half, model)
     return report
@@ -172,14 +177,59 @@ def _ab(pair: tuple[torch.Tensor, torch.Tensor]) -> tuple[tuple[str, torch.Tenso
     return ("A", down.contiguous()), ("B", up.contiguous())
 
 
-def _kohya(factors: Factors) -> dict[str, torch.Tensor]:
-    prefixes = {"unet": "lora_unet", "transformer": "lora_transformer", "text_encoder": "lora_te"}
+def _need_loader(edit: Edit, format: str, model: Model | None) -> None:
+    """Refuse where the loaders of diffusers would not find the file's layers, which most of them do silently."""
+    pipeline = getattr(model, "pipeline", None)
+    kinds = {kind.__name__ for kind in type(pipeline).__mro__}
+    if pipeline is not None and not hasattr(pipeline, "load_lora_weights"):
+        raise UnsupportedModel(
+            f"{type(pipeline).__name__} has no LoRA loader in diffusers; export format='peft' "
+            "(an adapter of the transformer) or format='full'"
+        )
+    parts = {target.name.partition(".")[0] for target in edit.manifest.targets}
+    transformer = "transformer" in parts if pipeline is None else hasattr(pipeline, "transformer")
+    if format == "kohya" and transformer and "FluxLoraLoaderMixin" not in kinds:
+        raise UnsupportedModel(
+            "of transformers the kohya layout is read for Flux alone, and there the model is needed; "
+            "export format='diffusers'"
+        )
+
+
+def _library_path(name: str, model: Model | None) -> str:
+    """A layer as diffusers looks for it: with the wrappers that canonical names leave out."""
+    if model is None:
+        return _module(name)
+    return f"{name.partition('.')[0]}.{layers(model)[name].path}"
+
+
+def _one_rank(factors: Factors) -> Factors:
+    """The same products with factors of one rank, filled up with zeros.
+
+    A file without alphas means a scale of 1 in every layer, but older loaders take the rank of the first layer
+    for the alpha of all.
+    """
+    rank = max(down.shape[0] for _, down in factors.values())
+    found = {}
+    for name, (up, down) in factors.items():
+        more = rank - down.shape[0]
+        wider = up.new_zeros(up.shape[0], more, *up.shape[2:])
+        taller = down.new_zeros(more, *down.shape[1:])
+        found[name] = torch.cat([up, wider], 1), torch.cat([down, taller], 0)
+    return found
+
+
+def _kohya(factors: Factors, several: bool) -> dict[str, torch.Tensor]:
+    prefixes = {"unet": "lora_unet", "transformer": "lora_transformer"}
+    # These programs keep a wrapper of CLIP towers that canonical names leave out, and count two of them.
+    first, second = f"lora_te{1 if several else ''}_text_model", "lora_te2_text_model"
+    prefixes |= {"text_encoder": first} | ({"text_encoder_2": second} if several else {})
     tensors = {}
     for name, (up, down) in factors.items():
         part, _, path = _module(name).partition(".")
-        if part not in prefixes:
+        prefix = prefixes.get(part)
+        if prefix is None:
             raise UnsupportedModel(f"{name}: the kohya layout has no place for a {part}")
-        key = f"{prefixes[part]}_{path.replace('.', '_')}"
+        key = f"{prefix}_{path.replace('.', '_')}"
         tensors[f"{key}.lora_down.weight"] = down.contiguous()
         tensors[f"{key}.lora_up.weight"] = up.contiguous()
         # alpha equal to the rank makes the program's scale 1.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core.token_policy import span
 from .measuring import Notes
 from .schema import EditRecord
 
@@ -99,19 +100,28 @@ def _drift(
         )
         notes.null("edit.drift", reason if names else "no unrelated names are known")
         return None
-    with torch.no_grad():
-        condition = model.encode(list(names))
-        rows = condition.embeddings.double()
-        lengths = model.content_length(list(names))
+    shares = []
+    for text in model.text_inputs():
+        edited = [name for name in text.names if name in changes]
         # Content tokens and the end-of-text row: what stands for the name in the layers above.
-        vectors = torch.cat([rows[i, 1 : length + 2] for i, length in enumerate(lengths)])
+        vectors = torch.cat(
+            [
+                segment.rows[index, spoken.first : spoken.end + 1]
+                for segment in text.segments(list(names))
+                for index in range(len(names))
+                for spoken in [span(segment.tokenizer, segment.ids[index].tolist())]
+            ]
+        ).double()
         change, before = torch.zeros(len(vectors)).double(), torch.zeros(len(vectors)).double()
-        for name in targets:
+        for name in edited:
             base = model.edits.originals[name].double()
             change += (vectors @ changes[name].T).square().sum(dim=1).cpu()
             before += (vectors @ base.T).square().sum(dim=1).cpu()
+        if edited:
+            shares.append(change / before.clamp_min(1e-30))
+    drift = torch.cat(shares)
     notes.protocols["edit.drift"] = (
         "mean of |(W - W0) u|^2 / |W0 u|^2 over text rows u of unrelated names"
     )
-    notes.n["edit.drift"] = len(vectors)
-    return float((change / before.clamp_min(1e-30)).mean())
+    notes.n["edit.drift"] = len(drift)
+    return float(drift.mean())

@@ -2,6 +2,8 @@
 
 Three scales are in use under this name (100 cos, cos, 2.5 max(cos, 0)); this is the first, and the
 protocol id names the scale and the model.  A score from one CLIP is not comparable with another's.
+
+:class:`ClipZeroShot` classifies pictures by the same cosines (Radford et al., arXiv 2103.00020).
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..method import Measurement, Metric, Outputs, Prompt
+from ..concept import Concept
+from ..errors import SettingError, nearest
+from ..method import Judge, Measurement, Metric, Outputs, Prompt, Verdicts
 
-__all__ = ["ClipScore"]
+__all__ = ["ClipScore", "ClipZeroShot"]
 
 # What CLIP image processors use unless their configuration says otherwise.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -44,12 +48,14 @@ class ClipScore(Metric):
         """``100 cos`` of each of ``n`` pictures (uint8 ``(n, h, w, 3)``) with its prompt, ``(n,)``."""
         texts = sorted({prompt.text for prompt in prompts})
         place = {text: i for i, text in enumerate(texts)}
-        with torch.no_grad():
-            rows = [self._texts(texts[i : i + batch]) for i in range(0, len(texts), batch)]
-            text = torch.cat(rows)[[place[prompt.text] for prompt in prompts]]
-            seen = [self._pictures(outputs[i : i + batch]) for i in range(0, len(outputs), batch)]
-            cosine = (torch.cat(seen) * text).sum(dim=-1)
-        return 100.0 * cosine.double().cpu().numpy()
+        pictures, rows = self._embedded(outputs, texts, batch)
+        text = rows[[place[prompt.text] for prompt in prompts]]
+        return 100.0 * (pictures * text).sum(dim=-1).double().cpu().numpy()
+
+    def table(self, outputs: Outputs, texts: Sequence[str], batch: int = 128) -> np.ndarray:
+        """``100 cos`` of each of ``n`` pictures with each of ``m`` texts, ``(n, m)``."""
+        pictures, rows = self._embedded(outputs, texts, batch)
+        return 100.0 * (pictures @ rows.T).double().cpu().numpy()
 
     def update(self, outputs: Outputs, prompts: Sequence[Prompt]) -> None:
         """Take in a batch of pictures and their prompts."""
@@ -64,6 +70,15 @@ class ClipScore(Metric):
             return Measurement(None, self.protocol, 0)
         value, interval, n = bootstrap_mean(np.array(self._values), self._prompts)
         return Measurement(value, self.protocol, n, interval)
+
+    def _embedded(
+        self, outputs: Outputs, texts: Sequence[str], batch: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit vectors of pictures and of texts."""
+        with torch.no_grad():
+            rows = [self._texts(texts[i : i + batch]) for i in range(0, len(texts), batch)]
+            seen = [self._pictures(outputs[i : i + batch]) for i in range(0, len(outputs), batch)]
+        return torch.cat(seen), torch.cat(rows)
 
     def _texts(self, texts: Sequence[str]) -> torch.Tensor:
         length = self.model.config.text_config.max_position_embeddings
@@ -88,6 +103,50 @@ class ClipScore(Metric):
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
         pixels = ((pixels - mean) / std).to(self.model.device, self.model.dtype)
         return _unit(self.model.get_image_features(pixel_values=pixels))
+
+
+class ClipZeroShot(Judge):
+    """Which of several labels a picture shows, by CLIP: softmax over ``100 cos`` with each label's text.
+
+    The score of a concept is the share of its label, and there is no such thing as an unrecognisable
+    picture: CLIP always prefers one label.
+
+    Args:
+        clip: Whose model is asked.
+        labels: Names of all concepts it is asked about; what it says depends on all of them.
+        template: Text of a label, with ``{}`` where its name stands.
+    """
+
+    id = "clip-zero-shot"
+    threshold = 0.5
+
+    def __init__(
+        self, clip: ClipScore, labels: Sequence[str], template: str = "a photo of a {}"
+    ) -> None:
+        if len(set(labels)) < 2:
+            raise SettingError(
+                f"{self.id}: labels is {tuple(labels)!r}; at least two different ones are needed"
+            )
+        self.clip, self.labels, self.template = clip, tuple(labels), template
+        self.protocol = f"{self.id}/{clip.protocol}/{template}/{'|'.join(self.labels)}"
+
+    def judge(self, outputs: Outputs, concept: Concept, prompts: Sequence[Prompt]) -> Verdicts:
+        """Verdicts on uint8 pictures ``(n, h, w, 3)``.
+
+        Raises:
+            SettingError: The concept is none of the labels.
+        """
+        if concept.name not in self.labels:
+            raise SettingError(
+                f"{self.id}: {concept.name!r} is none of the labels{nearest(concept.name, self.labels)}"
+            )
+        if not len(outputs):
+            return Verdicts(np.zeros(0, bool), np.zeros(0), np.zeros(0, bool))
+        texts = [self.template.replace("{}", label) for label in self.labels]
+        scores = self.clip.table(outputs, texts)
+        shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+        score = shares[:, self.labels.index(concept.name)] / shares.sum(axis=1)
+        return Verdicts(score >= self.threshold, score, np.ones(len(outputs), bool))
 
 
 def _unit(found: Any) -> torch.Tensor:

@@ -115,6 +115,9 @@ class Method:
 
 def _convert(method: str, name: str, text: str, kind: Any) -> Any:
     options = typing.get_args(kind) or (kind,)
+    if typing.get_origin(kind) is tuple:
+        parts = (part.strip() for part in text.split(","))
+        return tuple(_convert(method, name, part, options[0]) for part in parts if part)
     if type(None) in options and text.lower() in ("none", "null"):
         return None
     for option in options:
@@ -127,11 +130,6 @@ def _convert(method: str, name: str, text: str, kind: Any) -> Any:
                 continue
         if option is str:
             return text
-    if typing.get_origin(kind) is tuple:
-        inner = typing.get_args(kind)[0]
-        return tuple(
-            _convert(method, name, part.strip(), inner) for part in text.split(",") if part.strip()
-        )
     wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
     raise SettingError(f"{method}: setting {name!r} needs {wanted}, got {text!r}")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..catalogue import world, worlds
-from ..errors import ModelError, UnsupportedModel
+from ..errors import ModelError
 
 if TYPE_CHECKING:
     from .base import Model
@@ -54,6 +54,7 @@ def load(name: str | Path, *, dtype: Any = None, device: str = "cpu") -> Model:
 
     Raises:
         ModelError: Nothing of that name can be opened; the sentence says where it was looked for.
+        UnsupportedModel: A pipeline of a layout that is not covered; the sentence lists those that are.
     """
     text = str(name)
     head, _, variant = text.partition("/")
@@ -104,11 +105,8 @@ def _from_library(text: str, layout: str | None, dtype: Any, device: str) -> Mod
     except (OSError, ValueError, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{text}: cannot be opened ({reason})") from error
-    if not hasattr(pipeline, "unet"):
-        raise UnsupportedModel(
-            f"{text}: {type(pipeline).__name__} is not covered yet; a UNet pipeline with one text encoder is needed"
-        )
-    return _moved(DiffusionModel(pipeline, text), dtype, device)
+    # The library has set the precision, and keeps what overflows in float16 (parts of a T5) in float32.
+    return _moved(DiffusionModel(pipeline, text), None, device)
 
 
 def _hub_layout(text: str) -> str:

@@ -13,7 +13,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..concept import Concept
     from ..method import Control, Judge, Method, Outputs, Prompt
 
-__all__ = ["Companions", "Cost", "Model", "State", "noise_generator"]
+__all__ = ["Companions", "Cost", "Model", "Pictures", "State", "noise_generator"]
 
 
 def noise_generator(seed: int, purpose: str, item: int | str = 0) -> torch.Generator:
@@ -84,6 +84,20 @@ class State:
         return hashlib.sha256("|".join((self.base, *self.edits)).encode()).hexdigest()[:24]
 
 
+class Pictures(NamedTuple):
+    """Example pictures of one concept.
+
+    Attributes:
+        pictures: uint8 ``(n, height, width, 3)``.
+        masks: bool ``(n, height, width)``, where the concept is; ``None`` where that is not known.
+        captions: A text for each, which names the concept.
+    """
+
+    pictures: Any
+    masks: Any
+    captions: Sequence[str]
+
+
 @dataclasses.dataclass(frozen=True)
 class Companions:
     """What a world (or a user) registers beside a model; every field may be missing.
@@ -103,6 +117,8 @@ class Companions:
             none of the named concepts, by whatever word.
         data: World-specific training data for methods that need examples.
         clip: Opens the CLIP score of the world's own CLIP.
+        pictures: ``pictures(name, n, seed=0, split="development" | "test") -> Pictures``: pictures of a
+            concept with exact masks of it.
     """
 
     world: str
@@ -116,6 +132,7 @@ class Companions:
     captions: Callable[..., list[str]] | None = None
     data: Callable[..., Any] | None = None
     clip: Callable[[], Any] | None = None
+    pictures: Callable[..., Pictures] | None = None
 
 
 class Model(ABC):
@@ -134,7 +151,7 @@ class Model(ABC):
 
     family: ClassVar[str] = ""
     capabilities: ClassVar[frozenset[str]] = frozenset()
-    decisive: ClassVar[tuple[str, ...]] = ()
+    decisive: tuple[str, ...] = ()
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -2,84 +2,93 @@
 
 ``model.pipeline`` stays the user's diffusers object.  The adapter adds identity, row-wise conditions,
 typed predictions, per-picture noise, counted rows, and a sampling loop in which edits and controls
-act.  Layouts with ``attn2`` cross-attention (SD 1.x and 2.x) are covered.
+act.  How a pipeline takes text is its layout (:mod:`expunge.models.layouts`).
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import MissingPart, ModelError, NonFiniteError, PromptError, UnsupportedModel
+from ..errors import MissingCapability, ModelError, PromptError
 from ..method import Prompt
+from . import autoencoder
 from .attention import dispatching
 from .base import Model, noise_generator
+from .layouts import layout_of
 from .samplers import Sampler, alpha_sigma, prediction_kind
-from .types import Condition, Context, Prediction, PredictionKind, Segment, TextInput
+from .types import Condition, Context, Prediction, PredictionKind, TextInput
 
 __all__ = ["DiffusionModel"]
 
-MAX_PROMPT = 20_000
-"""Characters; a longer prompt is a mistake, and tokenising it would take seconds."""
-
 BATCH = 32
 """Pictures at a time: with guidance 64 rows a pass, which a CPU does 6 % faster than 128."""
+
+REMEMBERED_TEXTS, REMEMBERED_BYTES = 20_000, 2**31
+"""Texts whose condition is kept, and the memory they may take; rows of a T5 are megabytes each."""
 
 
 class DiffusionModel(Model):
     """A text-to-image pipeline of diffusers.
 
     Args:
-        pipeline: Any pipeline with a UNet (``attn2`` cross-attention), one text encoder, tokenizer,
-            autoencoder and scheduler.
+        pipeline: Any pipeline of a covered layout: SD 1.x and 2.x, SDXL, PixArt, Sana, SD3, Flux.
         name: What the user asked for.
-        steps: Sampling steps unless asked otherwise.
-        guidance: Classifier-free guidance unless asked otherwise.
+        steps: Sampling steps unless asked otherwise; default: those of the stock pipeline.
+        guidance: Guidance unless asked otherwise; default: that of the stock pipeline.
+
+    Raises:
+        UnsupportedModel: The pipeline is of no covered layout, or lacks a part.
     """
 
     family = "diffusion"
     capabilities = frozenset({"generate", "score", "embed", "activations", "gradients", "controls"})
-    decisive = ("scheduler", "tokenizer", "steps", "guidance")
+    decisive: tuple[str, ...] = ("scheduler", "tokenizer", "steps", "guidance")
 
     def __init__(
-        self, pipeline: Any, name: str = "pipeline", *, steps: int = 50, guidance: float = 7.5
+        self,
+        pipeline: Any,
+        name: str = "pipeline",
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
     ):
         super().__init__(name)
         self.pipeline = pipeline
-        self.steps, self.guidance = steps, guidance
-        for part in ("unet", "text_encoder", "tokenizer", "vae", "scheduler"):
-            if getattr(pipeline, part, None) is None:
-                raise UnsupportedModel(
-                    f"{name}: {type(pipeline).__name__} has no {part}; a UNet pipeline with one text "
-                    "encoder (SD 1.x or 2.x) is needed"
-                )
-        if getattr(pipeline, "text_encoder_2", None) is not None:
-            raise UnsupportedModel(f"{name}: pipelines with two text encoders are not covered yet")
+        self.layout = layout_of(name, pipeline, self.cost)
+        self.steps = self.layout.steps if steps is None else steps
+        self.guidance = self.layout.guidance if guidance is None else guidance
+        if len(self.layout.tokenizers) > 1 or self.layout.part != "unet":
+            more = tuple(t for t in self.layout.tokenizers[1:] if getattr(pipeline, t) is not None)
+            self.decisive = (*type(self).decisive, *more, "conditioning")
         for module in self.parts().values():
             module.eval()
             module.requires_grad_(False)
-        self._texts: dict[tuple[str, int], Tensor] = {}
+        self._texts: dict[tuple[str, int], Condition] = {}
 
     # -- parts ---------------------------------------------------------------------------------
 
     def parts(self) -> Mapping[str, nn.Module]:
-        """``unet``, ``text_encoder`` and ``vae``."""
-        return {name: getattr(self.pipeline, name) for name in ("unet", "text_encoder", "vae")}
+        """The denoiser (``unet`` or ``transformer``), the text encoders and the ``vae``."""
+        return self.layout.parts()
 
     @property
     def denoiser(self) -> nn.Module:
         """The network that is asked for a prediction."""
-        return self.pipeline.unet
+        return self.layout.denoiser
 
-    # The text tower, its tokenizer and the autoencoder, as the pipeline has them now.
+    # The text towers, their tokenizers and the autoencoder, as the pipeline has them now.
     text_encoder = property(lambda self: self.pipeline.text_encoder)
     tokenizer = property(lambda self: self.pipeline.tokenizer)
+    tokenizer_2 = property(lambda self: getattr(self.pipeline, "tokenizer_2", None))
+    tokenizer_3 = property(lambda self: getattr(self.pipeline, "tokenizer_3", None))
     vae = property(lambda self: self.pipeline.vae)
+    conditioning = property(lambda self: self.layout.settings())
 
     @property
     def scheduler(self) -> Any:
@@ -97,80 +106,35 @@ class DiffusionModel(Model):
         return next(self.denoiser.parameters()).dtype
 
     def text_projections(self) -> tuple[str, ...]:
-        """Canonical names of the matrices that map text embeddings to keys and values.
+        """Canonical names of the matrices that are linear in the text, those of all groups.
 
         Raises:
             MissingPart: None was found (an edit of nothing would look like success).
         """
-        names = tuple(
-            n for n in self.tensors() if n.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
-        )
-        if not names:
-            raise MissingPart(f"{self.name}: the denoiser has no attn2.to_k / attn2.to_v matrices")
-        return names
+        return tuple(name for group in self.text_inputs() for name in group.names)
 
     def text_inputs(self) -> tuple[TextInput, ...]:
         """The matrices of :meth:`text_projections` in groups that take the same rows, with those rows."""
-        names = self.text_projections()
-        width = self.tensor(names[0]).shape[1]
-        return (TextInput(names, width, self._segments),)
-
-    def _segments(self, texts: Sequence[str]) -> tuple[Segment, ...]:
-        # Token ids are encoded directly: the cache of texts would hold every phrase in memory.
-        ids = self.token_ids(texts)
-        with torch.no_grad():
-            rows = self.encode_tokens(ids).embeddings.detach()
-        return (Segment(self.tokenizer, ids, rows),)
+        return self.layout.text_inputs(self.tensors())
 
     # -- text ----------------------------------------------------------------------------------
 
     def token_ids(self, texts: Sequence[str]) -> Tensor:
-        """Token ids ``(n, tokens)``, padded and truncated as the pipeline does."""
-        for text in texts:
-            if len(text) > MAX_PROMPT:
-                raise PromptError(
-                    f"a prompt has {len(text)} characters; at most {MAX_PROMPT} are allowed"
-                )
-        length = self.tokenizer.model_max_length
-        made = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return made.input_ids
+        """Token ids ``(n, tokens)``, padded and truncated as the pipeline does.
+
+        Raises:
+            MissingCapability: The layout has several text encoders, or one that is no CLIP; so for all
+                that follows about tokens.
+        """
+        return self.layout.token_ids(texts)
 
     def content_length(self, texts: Sequence[str]) -> list[int]:
         """Content tokens of each text: without start, end and padding."""
-        room = self.tokenizer.model_max_length - 2
-        made = self.tokenizer(list(texts), add_special_tokens=False, truncation=False).input_ids
-        return [min(len(ids), room) for ids in made]
+        return self.layout.content_length(texts)
 
     def token_table(self) -> Tensor:
         """The token embeddings ``(vocabulary, width)``, detached."""
-        return self.text_encoder.get_input_embeddings().weight.detach()
-
-    def encode(self, texts: str | Sequence[str]) -> Condition:
-        """Text embeddings ``(n, tokens, width)``; remembered while gradients are off."""
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.text_encoder.parameters()):
-            return self.encode_tokens(self.token_ids(texts))
-        # In-place changes of weights (edits, training) raise the version counters, so a remembered
-        # embedding is never served for other weights.
-        version = sum(p._version for p in self.text_encoder.parameters())
-        missing = [text for text in dict.fromkeys(texts) if (text, version) not in self._texts]
-        if len(self._texts) + len(missing) > 20_000:
-            self._texts.clear()
-            missing = list(dict.fromkeys(texts))
-        with torch.no_grad():
-            for first in range(0, len(missing), 256):
-                part = missing[first : first + 256]
-                for text, row in zip(
-                    part, self.encode_tokens(self.token_ids(part)).embeddings, strict=True
-                ):
-                    self._texts[text, version] = row.clone()
-        return Condition(torch.stack([self._texts[text, version] for text in texts]))
+        return self.layout.token_table()
 
     def encode_tokens(self, ids: Tensor, vectors: Tensor | None = None) -> Condition:
         """Text embeddings of token ids ``(n, tokens)``.
@@ -180,34 +144,60 @@ class DiffusionModel(Model):
             vectors: ``(n, tokens, width)`` in place of the rows of the token table, before positions
                 are added; gradients reach them.
         """
-        ids = ids.to(self.text_encoder.device)
-        self.cost.add("encoder", len(ids))
-        use_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
-        mask = (ids != self.tokenizer.pad_token_id).long() if use_mask else None
-        with self._spliced(vectors):
-            hidden = self.text_encoder(ids, attention_mask=mask)[0]
-        return Condition(hidden, mask)
+        return self.layout.encode_tokens(ids, vectors)
 
-    @contextlib.contextmanager
-    def _spliced(self, vectors: Tensor | None) -> Iterator[None]:
-        if vectors is None:
-            yield
-            return
-        table = self.text_encoder.get_input_embeddings()
-        handle = table.register_forward_hook(lambda module, args, out: vectors.to(out.dtype))
-        try:
-            yield
-        finally:
-            handle.remove()
+    def encode(self, texts: str | Sequence[str]) -> Condition:
+        """The condition of texts, ``n`` rows; remembered while gradients are off."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        towers = [part for name, part in self.parts().items() if name.startswith("text_encoder")]
+        parameters = [p for tower in towers for p in tower.parameters()]
+        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
+            return self.layout.encode(texts)
+        # In-place changes of weights (edits, training) raise the version counters, so a remembered
+        # embedding is never served for other weights.
+        version = sum(p._version for p in parameters)
+        missing = [text for text in dict.fromkeys(texts) if (text, version) not in self._texts]
+        if len(self._texts) + len(missing) > self._room():
+            self._texts.clear()
+            missing = list(dict.fromkeys(texts))
+        with torch.no_grad():
+            for first in range(0, len(missing), self.layout.batch):
+                part = missing[first : first + self.layout.batch]
+                made = self.layout.encode(part)
+                for index, text in enumerate(part):
+                    own = made.select(slice(index, index + 1))
+                    self._texts[text, version] = own.map(torch.clone)
+        return Condition.concatenate([self._texts[text, version] for text in texts])
+
+    def _room(self) -> int:
+        """How many texts may be remembered, by the size of one that is."""
+        one = next(iter(self._texts.values()), None)
+        size = 0 if one is None else one.embeddings.numel() * one.embeddings.element_size()
+        return min(REMEMBERED_TEXTS, REMEMBERED_BYTES // max(size, 1))
+
+    def unconditional(self, text: str = "") -> Condition:
+        """One row: the unconditional branch of guidance; it may differ from :meth:`encode` of the text."""
+        with torch.no_grad():
+            own = self.layout.unconditional(text)
+        return self.encode([text]) if own is None else own
+
+    @property
+    def two_branches(self) -> bool:
+        """Whether guidance runs an unconditional branch; if not, it is an input of the denoiser."""
+        return self.layout.two_branches
+
+    def with_guidance(self, condition: Condition, guidance: float | Tensor) -> Condition:
+        """The condition for a denoiser that takes guidance as an input; one value or one a row."""
+        weight = torch.as_tensor(guidance, device=self.device, dtype=self.dtype)
+        extra = {**condition.extra, "guidance": weight.expand(condition.rows)}
+        return dataclasses.replace(condition, extra=extra)
 
     # -- pictures and latents ------------------------------------------------------------------
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """``(channels, height, width)`` of the latents of one picture."""
-        size = self.denoiser.config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.denoiser.config.in_channels, height, width
+        return self.layout.latent_shape
 
     def initial_noise(self, seeds: Sequence[int], purpose: str = "initial noise") -> Tensor:
         """Noise ``(n, c, h, w)``, a private generator per seed: independent of batch and device."""
@@ -218,35 +208,13 @@ class DiffusionModel(Model):
 
     def latents_of(self, pictures: np.ndarray) -> Tensor:
         """Scaled means of the autoencoder's posterior, ``(n, c, h, w)``, of uint8 ``(n, H, W, 3)``."""
-        pixels = (
-            torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        )
-        config = self.vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0
-        with torch.no_grad():
-            parts = [
-                self.vae.encode(p.to(self.device, self.vae.dtype)).latent_dist.mean
-                for p in pixels.split(64)
-            ]
-        self.cost.add("autoencoder", len(pixels))
-        return (torch.cat(parts) - shift) * config.scaling_factor
+        self.cost.add("autoencoder", len(pictures))
+        return autoencoder.latents_of(self.vae, pictures, self.device, self.layout.wide)
 
     def pictures_of(self, latents: Tensor) -> np.ndarray:
         """Decoded pictures, uint8 ``(n, H, W, 3)``."""
-        config = self.vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0
-        # On a CPU, eight at a time in this layout fit its caches and take 40 % less time than 64 in the other.
-        cpu = self.device.type == "cpu"
-        few, layout = (8, torch.channels_last) if cpu else (64, torch.preserve_format)
-        with torch.no_grad():
-            scaled = latents.to(self.vae.dtype) / config.scaling_factor + shift
-            parts = [part.to(memory_format=layout) for part in scaled.split(few)]
-            pixels = torch.cat([self.vae.decode(part).sample for part in parts])
         self.cost.add("autoencoder", len(latents))
-        if not torch.isfinite(pixels).all():
-            raise NonFiniteError(f"{self.name}: decoded pictures hold NaN or infinity")
-        values = (pixels.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-        return (values * 255).round().to(torch.uint8).cpu().numpy()
+        return autoencoder.pictures_of(self.vae, latents, self.name, self.layout.wide)
 
     # -- noise schedule and prediction -----------------------------------------------------------
 
@@ -267,7 +235,9 @@ class DiffusionModel(Model):
 
     def sampler(self, steps: int, generators: Sequence[torch.Generator] = ()) -> Sampler:
         """A fresh run of the pipeline's scheduler, one generator a row."""
-        return Sampler(self.scheduler, steps, self.device, generators)
+        scheduler = self.scheduler
+        options = self.layout.schedule(scheduler, steps)
+        return Sampler(scheduler, steps, self.device, generators, options)
 
     @property
     def prediction_kind(self) -> PredictionKind:
@@ -290,18 +260,26 @@ class DiffusionModel(Model):
             condition = control.condition(context, condition)
             noised = control.latents(context, noised)
         context.condition = condition
+        if not self.two_branches and "guidance" not in condition.extra:
+            condition = self.with_guidance(condition, self.guidance)
+        self._can_show_attention()
         self.cost.add("denoiser", rows)
         with dispatching(self.denoiser, self.controls, context):
-            value = self.denoiser(
-                noised,
-                timesteps,
-                encoder_hidden_states=condition.embeddings.to(self.dtype),
-                encoder_attention_mask=condition.mask,
-            ).sample
+            value = self.layout.predict(noised, timesteps, condition)
         prediction = Prediction(self.prediction_kind, value, *self.alpha_sigma(timesteps))
         for control in self.controls:
             prediction = control.prediction(context, prediction)
         return prediction
+
+    def _can_show_attention(self) -> None:
+        if self.layout.shows_attention:
+            return
+        for control in self.controls:
+            if "attention" in control.hooks():
+                raise MissingCapability(
+                    f"{self.name}: {type(control).__name__} works on attention probabilities, which are shown for "
+                    f"UNets and PixArt; this is {self.layout.title}"
+                )
 
     # -- sampling ------------------------------------------------------------------------------
 
@@ -323,7 +301,7 @@ class DiffusionModel(Model):
             prompts: One or several texts, or :class:`Prompt` with their own seeds.
             seeds: Seed of each picture's initial noise; default: the prompts' own, or 0, 1, 2, ...
             steps, guidance: Default: the model's own; a prompt's guidance wins; all 1 runs one branch only.
-            negative: Text of the unconditional branch.
+            negative: Text of the unconditional branch, where there is one.
             condition: Row-wise condition used in place of the texts.
             batch: Pictures at a time; halve it when memory runs out.
             progress: Called with the number of pictures finished since the last call.
@@ -353,8 +331,8 @@ class DiffusionModel(Model):
                 made.append(self.pictures_of(latents))
                 if progress is not None:
                     progress(len(made[-1]))
-        height = self.latent_shape[1] * 8
-        return np.concatenate(made) if made else np.zeros((0, height, height, 3), np.uint8)
+        height, width = (side * self.layout.scale_factor for side in self.latent_shape[1:])
+        return np.concatenate(made) if made else np.zeros((0, height, width, 3), np.uint8)
 
     def sample(
         self,
@@ -378,9 +356,15 @@ class DiffusionModel(Model):
         count = len(seeds)
         latents = sampler.start(self.initial_noise(seeds))
         weight = torch.as_tensor(guidance, device=self.device, dtype=self.dtype).expand(count)
-        both = bool((weight != 1.0).any())
+        both = self.two_branches and bool((weight != 1.0).any())
+        if not self.two_branches:
+            condition = self.with_guidance(condition, weight)
+        if negative and not self.two_branches:
+            raise PromptError(f"{self.name}: {self.layout.title} has no branch for a negative text")
         if both:
-            condition = Condition.concatenate([self.encode([negative]).repeat(count), condition])
+            condition = Condition.concatenate(
+                [self.unconditional(negative).repeat(count), condition]
+            )
         conditional = torch.tensor([False] * count * both + [True] * count)
         context = Context(steps=len(sampler.times), conditional=conditional)
         for control in self.controls:

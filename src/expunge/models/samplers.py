@@ -19,7 +19,16 @@ from .types import PredictionKind
 
 __all__ = ["Sampler", "alpha_sigma", "prediction_kind"]
 
-KINDS: Mapping[str, PredictionKind] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
+KINDS: Mapping[str, PredictionKind] = {
+    "epsilon": "epsilon", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow",
+}  # fmt: skip
+
+
+def _flows(scheduler: Any) -> bool:
+    """Whether noise levels are those of flow matching, also in solvers that keep a table of alphas beside."""
+    return not hasattr(scheduler, "alphas_cumprod") or bool(
+        scheduler.config.get("use_flow_sigmas", False)
+    )
 
 
 def prediction_kind(scheduler: Any) -> PredictionKind:
@@ -33,6 +42,11 @@ def prediction_kind(scheduler: Any) -> PredictionKind:
         predicts = scheduler.config.get("prediction_type", "epsilon")
         if predicts not in KINDS:
             raise UnsupportedModel(f"{kind}: predictions of type {predicts!r} are not known")
+        if (predicts == "flow_prediction") != _flows(scheduler):
+            raise UnsupportedModel(
+                f"{kind}: prediction_type {predicts!r} and use_flow_sigmas={_flows(scheduler)} do not go together; "
+                "flow matching needs both"
+            )
         return KINDS[predicts]
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None or not 0 < float(torch.as_tensor(sigmas).max()) <= 1:
@@ -48,7 +62,7 @@ def alpha_sigma(scheduler: Any, timesteps: Tensor) -> tuple[Tensor, Tensor]:
 
     Schedulers may stand between two training timesteps; ``sigma / alpha`` is then interpolated, as they do.
     """
-    if not hasattr(scheduler, "alphas_cumprod"):
+    if _flows(scheduler):
         prediction_kind(scheduler)
         sigma = timesteps.double() / scheduler.config.num_train_timesteps
         return 1 - sigma, sigma
@@ -77,6 +91,7 @@ class Sampler:
         steps: Sampling steps.
         device: Where the latents are.
         generators: One private CPU generator a row, for schedulers that draw noise in their steps.
+        options: Further options of ``set_timesteps``.
 
     Raises:
         UnsupportedModel: The scheduler draws noise that cannot be given to it.
@@ -88,6 +103,7 @@ class Sampler:
         steps: int,
         device: torch.device | None = None,
         generators: Sequence[torch.Generator] = (),
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.scheduler, self.generators = scheduler, list(generators)
         takes = inspect.signature(scheduler.step).parameters
@@ -101,7 +117,7 @@ class Sampler:
                 f"{name} draws noise in its steps but takes no generator, so a picture would depend on the "
                 "global random state; choose a scheduler without noise or one whose step takes a generator"
             )
-        scheduler.set_timesteps(steps, device=device)
+        scheduler.set_timesteps(steps, device=device, **(options or {}))
         self.times: Tensor = scheduler.timesteps
         self.stops = range(0, len(self.times), getattr(scheduler, "order", 1))[:steps]
 

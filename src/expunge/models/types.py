@@ -90,11 +90,13 @@ class Segment:
         tokenizer: What made the ids; ``None`` where a row stands for a whole text.
         ids: Token ids ``(n, T)``, one for each row.
         rows: ``(n, T, width)``.
+        attended: ``(n, T)``, 0 where the denoiser masks a row; ``None`` where it masks none.
     """
 
     tokenizer: Any
     ids: Tensor
     rows: Tensor
+    attended: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +108,13 @@ class TextInput:
         width: Width of the rows.
         segments: Texts -> their rows; a pipeline that strings the rows of several text encoders
             together has one segment for each, in an order that is the same for all texts.
+        field: Which tensor of a :class:`Condition` the rows are; ``None`` where the denoiser makes them.
     """
 
     names: tuple[str, ...]
     width: int
     segments: Callable[[Sequence[str]], Sequence[Segment]]
+    field: Literal["embeddings", "pooled"] | None = "embeddings"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,9 @@ A page is written by hand except for what stands between two markers, as in
     <!-- settings: end -->
 
 Settings and presets come from the methods' classes, claims from ``results/`` (:mod:`.results`), the
-benchmarks from ``results/benchmarks``.  ``python -m expunge.run.status`` rewrites all of it; a test
-compares the committed pages with :func:`render`, so a stale page is noticed.
+benchmarks from ``results/benchmarks``, the comparison from ``results/comparison``.
+``python -m expunge.run.status`` rewrites all of it; a test compares the committed pages with
+:func:`render`, so a stale page is noticed.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from ..method import BUDGETS
 from . import results
 
 __all__ = [
-    "NOTHING", "benchmarks", "between", "every_claim", "filled", "index", "measured", "number",
-    "render", "settings", "systems", "write",
+    "NOTHING", "benchmarks", "between", "cell", "every_claim", "filled", "index", "measured", "number",
+    "render", "settings", "systems", "table", "write",
 ]  # fmt: skip
 
 NOTHING = "No claim recorded at this version yet."
 BENCHMARKS = "benchmarks"
+COMPARISON = "comparison"
 KINDS = {
     "int": "whole number",
     "float": "number",
@@ -84,7 +86,7 @@ def number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if not isinstance(value, float):
-        return _cell(value)
+        return cell(value)
     size = abs(value)
     if not math.isfinite(value):
         return str(value)
@@ -93,7 +95,7 @@ def number(value: Any) -> str:
     return f"{value:,.{3 if size < 10 else 1 if size < 100 else 0}f}"
 
 
-def _cell(text: Any) -> str:
+def cell(text: Any) -> str:
     """A text inside a table: one line, no column ends early, nothing is taken for HTML."""
     plain = " ".join(str(text).split())
     return plain.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
@@ -119,7 +121,8 @@ def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of cells that are written already; see :func:`cell` and :func:`number`."""
     return "\n".join([_row(head), f"|{'---|' * len(head)}", *map(_row, rows)])
 
 
@@ -129,23 +132,23 @@ def _table(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
 def settings(cls: type[Any]) -> str:
     """Tables of a method's hyperparameters and presets, from ``describe()`` and ``presets``."""
     rows = [
-        (f"`{row['name']}`", _code(row["default"]), _allowed(row), _cell(row.get("help", "")))
+        (f"`{row['name']}`", _code(row["default"]), _allowed(row), cell(row.get("help", "")))
         for row in cls.describe()
     ]
-    parts = [_table(("setting", "default", "allowed", "meaning"), rows)]
+    parts = [table(("setting", "default", "allowed", "meaning"), rows)]
     if cls.presets:
         changes = [
             (f"`{name}`", ", ".join(f"`{k}={_typed(v)}`" for k, v in preset.items()) or "nothing")
             for name, preset in cls.presets.items()
         ]
-        parts.append(_table(("preset", "changes"), changes))
+        parts.append(table(("preset", "changes"), changes))
     parts.append(_how_to_set(cls))
     return "\n\n".join(parts)
 
 
 def _allowed(row: Mapping[str, Any]) -> str:
     kind, _, rest = str(row["type"]).partition(" | ")
-    words = KINDS.get(kind, _cell(kind))
+    words = KINDS.get(kind, cell(kind))
     if "choices" in row:
         words = ", ".join(_code(choice) for choice in row["choices"])
     low, high = row.get("minimum"), row.get("maximum")
@@ -193,7 +196,7 @@ def every_claim() -> str:
     root = results.folder()
     parts, everything = [], []
     for folder in sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else ():
-        if folder.name == BENCHMARKS:
+        if folder.name in (BENCHMARKS, COMPARISON):
             continue
         runs = [run for file in _files(folder) for run in results.read(file)[-1:]]
         if runs:
@@ -228,7 +231,7 @@ def _result(run: Mapping[str, Any]) -> str:
     """Held, failed or waiting, with the note of the run; what failed stands out."""
     word = _word(run)
     shown = f"**{word}**" if word == "failed" else word
-    return f"{shown}: {_cell(run['note'])}" if run.get("note") else shown
+    return f"{shown}: {cell(run['note'])}" if run.get("note") else shown
 
 
 def _claims(runs: Sequence[Mapping[str, Any]], present: str | None = None) -> str:
@@ -238,19 +241,19 @@ def _claims(runs: Sequence[Mapping[str, Any]], present: str | None = None) -> st
     for run in runs:
         seeds = run.get("seeds") or []
         row = [
-            _cell(run.get("claim", "")),
+            cell(run.get("claim", "")),
             _result(run),
             "<br>".join(_values(run)) or "nothing",
             number(run.get("n")),
             ", ".join(map(str, seeds)) if len(seeds) <= 6 else f"{len(seeds)} seeds",
             _code(run["preset"]) if run.get("preset") else "none",
-            _cell(str(run.get("date", ""))[:10]),
+            cell(str(run.get("date", ""))[:10]),
         ]
         if present is not None:
             version = number(run.get("version"))
             row.append(version if version == present else f"{version} (now {present})")
         rows.append(row)
-    return _table(head if present is None else [*head, "version"], rows)
+    return table(head if present is None else [*head, "version"], rows)
 
 
 def _values(run: Mapping[str, Any]) -> list[str]:
@@ -261,11 +264,11 @@ def _values(run: Mapping[str, Any]) -> list[str]:
         # An interval without a name belongs to the only number, or else stands by itself.
         intervals[next(iter(values)) if len(values) == 1 else "interval"] = given
     lines = [
-        f"{_cell(name)}: {_number_with(value, intervals.get(name))}"
+        f"{cell(name)}: {_number_with(value, intervals.get(name))}"
         for name, value in _flat(values).items()
     ]
     alone = [name for name in intervals if name not in values]
-    return lines + [f"{_cell(name)}: {_bounds(intervals[name])}" for name in alone]
+    return lines + [f"{cell(name)}: {_bounds(intervals[name])}" for name in alone]
 
 
 def _number_with(value: Any, interval: Any) -> str:
@@ -312,14 +315,14 @@ def benchmarks() -> str:
         }
         rows.append(
             (
-                _cell(found.get("benchmark", file.stem)),
-                "<br>".join(f"{_cell(k)}: {number(v)}" for k, v in ratios.items()) or "nothing",
-                ", ".join(f"{_cell(k.replace('_', ' '))} {number(v)}" for k, v in setting.items()),
-                _cell(machine or "not recorded"),
+                cell(found.get("benchmark", file.stem)),
+                "<br>".join(f"{cell(k)}: {number(v)}" for k, v in ratios.items()) or "nothing",
+                ", ".join(f"{cell(k.replace('_', ' '))} {number(v)}" for k, v in setting.items()),
+                cell(machine or "not recorded"),
             )
         )
     head = ("benchmark", "ratios", "setting", "machine")
-    return _table(head, rows) if rows else "No benchmark recorded yet."
+    return table(head, rows) if rows else "No benchmark recorded yet."
 
 
 def systems() -> tuple[catalogue.System, ...]:
@@ -329,8 +332,8 @@ def systems() -> tuple[catalogue.System, ...]:
 
 def index() -> str:
     """The list of method pages."""
-    rows = [(f"[`{s.id}`](methods/{s.id}.md)", _cell(s.title), s.verb, s.family) for s in systems()]
-    return _table(("page", "method", "verb", "family"), rows)
+    rows = [(f"[`{s.id}`](methods/{s.id}.md)", cell(s.title), s.verb, s.family) for s in systems()]
+    return table(("page", "method", "verb", "family"), rows)
 
 
 # -- all pages -------------------------------------------------------------------------------------
@@ -342,9 +345,12 @@ def render(docs: Path) -> dict[Path, str]:
     Raises:
         RunError: A method has no page, or a page lacks its markers.
     """
+    from .comparison import page as comparison
+
     derived: dict[Path, dict[str, str]] = {
         docs / "README.md": {"index": index()},
         docs / "results.md": {"results": every_claim(), "benchmarks": benchmarks()},
+        docs / "comparison.md": comparison.parts(),
     }
     for system in systems():
         cls = catalogue.resolve(system.id)
@@ -365,7 +371,10 @@ def render(docs: Path) -> dict[Path, str]:
 
 
 def write(docs: Path) -> None:
-    """Bring all pages of a docs folder up to date; see :func:`render`."""
+    """Bring all pages of a docs folder, and the plots of the comparison, up to date; see :func:`render`."""
+    from .comparison import plots
+
     for path, text in render(docs).items():
         if path.read_text(encoding="utf-8") != text:
             atomic_write(path, text.encode())
+    plots.draw(docs)

@@ -20,7 +20,7 @@ from ..concept import safe_name
 from ..edit.files import atomic_write
 from ..errors import RunError
 
-__all__ = ["folder", "load", "read", "record"]
+__all__ = ["folder", "load", "provenance", "read", "record"]
 
 
 def folder() -> Path:
@@ -67,13 +67,7 @@ def record(
         "n": n,
         "seeds": list(seeds),
         "note": note,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "libraries": {
-            name: importlib.metadata.version(name)
-            for name in ("torch", "diffusers", "transformers")
-        },
+        **provenance(),
     }
     atomic_write(file, (json.dumps([*read(file), entry], indent=1, default=float) + "\n").encode())
     return file
@@ -100,6 +94,19 @@ def load(file: Path, kind: type, of: str, holds: str) -> Any:
     if not isinstance(found, kind):
         raise RunError(f"{file.name}: must hold {holds}")
     return found
+
+
+def provenance() -> dict[str, Any]:
+    """When, from which commit, on which machine and with which libraries something is recorded."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "libraries": {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "diffusers", "transformers")
+        },
+    }
 
 
 def _commit() -> str | None:

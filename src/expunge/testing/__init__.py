@@ -9,10 +9,12 @@ import importlib
 from typing import Any
 
 _WHERE = {
+    "TINY_LAYOUTS": "layouts",
     "check_method": "battery",
     "checks_for": "battery",
     "tiny_diffusion": "diffusion",
     "tiny_language": "models",
+    "tiny_layout": "layouts",
     "tiny_tokenizer": "diffusion",
 }
 

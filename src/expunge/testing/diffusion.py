@@ -17,6 +17,9 @@ from ..models.diffusion import DiffusionModel
 __all__ = ["tiny_diffusion", "tiny_tokenizer"]
 
 LENGTH, WIDTH = 16, 32
+WORDS = (
+    "a", "red", "blue", "green", "star", "circle", "square", "heart", "striped", "plain", "photo", "of",
+)  # fmt: skip
 
 
 @cache
@@ -24,22 +27,8 @@ def _tokenizer_parts() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
     from tokenizers import pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = (
-        "a",
-        "red",
-        "blue",
-        "green",
-        "star",
-        "circle",
-        "square",
-        "heart",
-        "striped",
-        "plain",
-        "photo",
-        "of",
-    )
     merges: list[tuple[str, str]] = []
-    for word in words:
+    for word in WORDS:
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
             pair = (parts[0], parts[1])

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..concept import KINDS, Concept
 from ..core.mentions import exchanged
-from ..errors import ConceptError, ModelError, nearest
+from ..errors import ConceptError, InputError, ModelError, nearest
 from ..method import Prompt
-from ..models.base import Companions, Model
-from . import captions, models, vocabulary
+from ..models.base import Companions, Model, Pictures
+from . import captions, models, scenes, vocabulary
+from .dice import Dice
 from .judge import OracleJudge, entry_name, find_entry
 from .sampling import sample_scene
-from .settings import SETTINGS
+from .settings import SETTINGS, Setting
 
 __all__ = [
     "VARIANTS",
@@ -22,6 +25,7 @@ __all__ = [
     "world_captions",
     "world_concept",
     "world_neighbours",
+    "world_pictures",
     "world_prompts",
 ]
 
@@ -74,6 +78,7 @@ def companions() -> Companions:
         prompts=world_prompts,
         captions=world_captions,
         clip=_clip_score,
+        pictures=world_pictures,
     )
 
 
@@ -153,3 +158,63 @@ def world_captions(n: int, seed: int = 0, without: Sequence[str] = ()) -> list[s
         if len(found) == n:
             break
     return list(found)
+
+
+def world_pictures(name: str, n: int, seed: int = 0, split: str = "development") -> Pictures:
+    """Rendered pictures of a concept, where it is in them, and captions that name it.
+
+    No other reference concept is in them.  Masks are exact: what is visible of the things that show the
+    concept, everything else for a background, the stamp's place for a mark.
+
+    Args:
+        name: A concept of the world.
+        n: How many.
+        seed: Another seed gives other pictures.
+        split: ``development`` or ``test``.
+    """
+    entry = vocabulary.concept(name)
+    ranges = {"development": vocabulary.DEVELOPMENT_SEEDS, "test": vocabulary.TEST_SEEDS}
+    if split not in ranges:
+        raise InputError(f"a split is 'development' or 'test', not {split!r}")
+    setting = Setting(
+        exclude=frozenset(vocabulary.REFERENCE) - {entry.name},
+        boost={} if entry.kind == "mark" else {entry.name: 1.0},
+        stamps={entry.name: 1.0} if entry.kind == "mark" else {},
+    )
+    pictures: list[np.ndarray] = []
+    masks: list[np.ndarray] = []
+    texts: list[str] = []
+    index = ranges[split].start + (seed * 1_000_003) % 100_000_000
+    while len(pictures) < n:
+        index += 1
+        scene = sample_scene(index, setting)
+        text = captions.caption_for(scene, Dice(index, 2), routes={entry.name: "name"})
+        if entry.kind == "mark":
+            text = f"{text} with a {entry.name}"
+        # Colours and expressions may go unsaid.
+        if not scenes.contains(scene, entry.name) or exchanged(text, (entry.name,), "")[1] is None:
+            continue
+        pictures.append(scenes.render(scene))
+        masks.append(_mask(scene, entry))
+        texts.append(text)
+    return Pictures(np.stack(pictures), np.stack(masks), tuple(texts))
+
+
+def _mask(scene: scenes.Scene, entry: vocabulary.Entry) -> np.ndarray:
+    """Pixels that show the concept, bool ``(64, 64)``."""
+    truth = scenes.annotate(scene)
+    if entry.kind == "background":
+        return ~truth["masks"].any(0)
+    if entry.kind == "mark":
+        mask = np.zeros((scenes.SIZE, scenes.SIZE), bool)
+        for (x0, y0, x1, y1), label in zip(
+            truth["stamp_boxes"], truth["stamp_labels"], strict=True
+        ):
+            mask[int(y0) : int(y1), int(x0) : int(x1)] |= label == entry.name
+        return mask
+    shown = [
+        entry.kind not in ("object", "colour", "style") or getattr(thing, entry.kind) == entry.name
+        for thing in scene.things
+    ]
+    found: np.ndarray = truth["masks"][np.array(shown)].any(0)
+    return found

@@ -12,6 +12,7 @@ from expunge.erase.diffusion.rece import RECE
 from expunge.erase.diffusion.uce import UCE
 from expunge.errors import SettingError
 from expunge.method import Judge, Prompt, Verdicts
+from expunge.models.base import Companions
 from expunge.testing import tiny_diffusion
 
 STAR = Concept("star", anchor="circle")
@@ -178,3 +179,55 @@ def test_other_regularisations_give_other_edits(model, regularisation):
     one = RECE(regularisation=regularisation, derive_ridge=0.1).erase(model, STAR)
     two = RECE(derive_ridge=0.1).erase(model, STAR)
     assert one.manifest.tensors_digest != two.manifest.tensors_digest
+
+
+def test_validation_prompts_are_a_worlds_development_prompts_or_those_of_each_concept():
+    own = tiny_diffusion()
+    asked = []
+
+    def prompts(name, n, seed=0, split="test"):
+        asked.append((name, n, split))
+        return [Prompt(f"a {name}", seed=i, concept=name) for i in range(n)]
+
+    own.companions = Companions(
+        "toy", concept=lambda n: None if n == "moon" else Concept(n), prompts=prompts
+    )
+    judge = Brightness([1.0, 0.0])
+    edit = RECE(select=True, select_prompts=3).erase(own, STAR, judge=judge)
+    assert asked == [("star", 3, "development")] and edit.manifest.report["epoch"] == 1
+    with pytest.raises(SettingError, match="moon"):
+        RECE(select=True).erase(own, Concept("moon"), judge=judge)
+    # Prompts that name their concept are shown to that concept's judge alone.
+    data = [Prompt("a star", concept="star"), Prompt("a heart", concept="heart"), "a photo"]
+    shown = []
+
+    class Notes(Brightness):
+        def judge(self, outputs, concept, prompts):
+            shown.append((concept.name, [p.text for p in prompts]))
+            return super().judge(outputs, concept, prompts)
+
+    pair = [STAR, Concept("heart")]
+    RECE(epochs=0, select=True).erase(own, pair, judge=Notes([0.0, 0.0]), data=data)
+    assert shown == [("star", ["a star", "a photo"]), ("heart", ["a heart", "a photo"])]
+
+
+@pytest.mark.parametrize(
+    ("preset", "wanted"),
+    [
+        ("paper:object", {"epochs": 1, "derive_ridge": 1e-3, "guide": None}),
+        ("paper:style", {"epochs": 1, "derive_ridge": 1e-3, "guide": "art"}),
+        ("paper:unsafe", {"epochs": 3, "derive_ridge": 0.1, "guide": None, "empty_per_concept": True}),
+    ],
+)  # fmt: skip
+def test_presets_are_those_of_the_paper(model, preset, wanted):
+    made = RECE.configured(preset)
+    same = {
+        "erase_scale": 1.0, "ridge": 0.5, "preserve_scale": None, "epoch_erase_scale": 1.0,
+        "epoch_preserve_scale": 0.1, "epoch_ridge": 0.1, "regularisation": "zero", "select": False,
+        "tokens": "last_token_to_end_aligned", "accumulate": False,
+    }  # fmt: skip
+    assert {name: made.settings()[name] for name in {**same, **wanted}} == {**same, **wanted}
+    kind = preset.partition(":")[2]
+    assert RECE.preset_for(kind) == preset
+    edit = made.erase(model, Concept("star", kind=kind))
+    assert len(edit.manifest.report["epochs"]) == 1 + wanted["epochs"]

@@ -130,6 +130,22 @@ def test_the_2023_form_keeps_the_empty_prompt_and_weighs_what_is_kept(model):
     assert edit.manifest.report["empty_prompt_change"] == pytest.approx(held, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("kind", "guide"), [("object", ""), ("style", "art"), ("unsafe", "")]
+)  # fmt: skip
+def test_presets_are_those_of_the_paper(model, kind, guide):
+    made = UCE.configured(f"paper:{kind}")
+    assert UCE.preset_for(kind) == f"paper:{kind}"
+    assert (made.erase_scale, made.preserve_scale, made.ridge) == (1.0, None, 0.5)
+    assert (made.tokens, made.technique, made.expand_prompts) == ("last_token", "replace", False)
+    concept = Concept("star", kind=kind)
+    one, two = made.erase(model, concept), UCE(guide=guide).erase(model, concept)
+    assert one.manifest.tensors_digest == two.manifest.tensors_digest
+    assert one.manifest.report["preserve_scale"] == 1.0
+    debias = (made.pictures, made.sampling_steps, made.rounds, made.tolerance)
+    assert debias == (10, 20, 30, 0.05)
+
+
 def test_phrases_and_templates_are_erased_too(model):
     count = lambda method, c=STAR: method.erase(model, c).manifest.report["pairs"]  # noqa: E731
     assert count(UCE()) == 2 and count(UCE(erase_phrases=False)) == 1

@@ -14,13 +14,17 @@ It is a white-box attack on embeddings: it needs the attacked and the original m
 text, and bypasses the text encoder (c is the original encoder's).  It teaches nothing: no weight moves
 and the rows are computed from matrices alone.  On the unedited model c' is c itself, or c shrunk
 where the budget is below 1.
+
+Matrices that take different rows (token rows and pooled vector in SD3 and Flux) are attacked each with their
+own rows.  Where the denoiser itself makes the rows out of the text embedding (caption projection of PixArt and
+Sana), a derived row cannot be fed in, and the attack is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -77,13 +81,13 @@ class ClosedFormAttack(Attack):
         before = model.cost.snapshot()
         listed = list(prompts)
         self._check(budget, model, listed)
-        grams = _grams(model, reference if reference is not None else model)
+        groups = _groups(model, reference if reference is not None else model)
         items: list[Attempt] = []
         shown: list[np.ndarray] = []
         for start in range(0, len(listed), CHUNK):
             part = listed[start : start + CHUNK]
             condition, ridges, left = self._derived(
-                reference if reference is not None else model, model, part, grams
+                reference if reference is not None else model, model, part, groups
             )
             options = {"steps": self.steps, "guidance": self.guidance}
             plain = model.generate(part, **options)
@@ -122,38 +126,63 @@ class ClosedFormAttack(Attack):
             )
 
     def _derived(
-        self, reference: Any, model: Any, prompts: Sequence[Prompt], grams: tuple[torch.Tensor, ...]
+        self, reference: Any, model: Any, prompts: Sequence[Prompt], groups: Sequence[_Group]
     ) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        """Condition of derived rows, and for each prompt the median ridge and residual of its rows."""
+        """Condition of derived rows, and for each prompt the median ridge and residual of its rows.
+
+        Of several groups, the larger median.
+        """
         with reference.lifted() as original, torch.no_grad():
             condition = original.encode([prompt.text for prompt in prompts])
-        embeddings = condition.embeddings
-        rows = embeddings.reshape(-1, embeddings.shape[-1])
-        edited, cross, whole = grams
-        derived, ridges = norm_budgeted(edited, cross, rows, self.norm_budget)
-        remaining = residuals(edited, cross, whole, derived, rows)
-        made = derived.reshape(embeddings.shape).to(model.device, embeddings.dtype)
-        shape = embeddings.shape[:2]
+        made, ridges, left = {}, [], []
+        for group in groups:
+            given = getattr(condition, group.field)
+            rows = given.reshape(-1, given.shape[-1])
+            derived, ridge = norm_budgeted(group.edited, group.cross, rows, self.norm_budget)
+            remaining = residuals(group.edited, group.cross, group.original, derived, rows)
+            made[group.field] = derived.reshape(given.shape).to(model.device, given.dtype)
+            ridges.append(ridge.reshape(len(prompts), -1).median(dim=1).values)
+            left.append(remaining.reshape(len(prompts), -1).median(dim=1).values)
         return (
-            dataclasses.replace(condition, embeddings=made),
-            ridges.reshape(shape).median(dim=1).values,
-            remaining.reshape(shape).median(dim=1).values,
+            dataclasses.replace(condition, **made),
+            torch.stack(ridges).amax(0),
+            torch.stack(left).amax(0),
         )
 
 
-def _grams(model: Any, reference: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``sum W^T W``, ``sum W^T O`` and ``sum O^T O`` of attacked and original matrices."""
-    names = model.text_projections()
-    present = model.tensors()
-    attacked = {name: present[name].detach() for name in names}
+class _Group(NamedTuple):
+    """Matrices that take the same rows: ``sum W^T W``, ``sum W^T O`` and ``sum O^T O`` of attacked and original."""
+
+    field: str
+    edited: torch.Tensor
+    cross: torch.Tensor
+    original: torch.Tensor
+
+
+def _groups(model: Any, reference: Any) -> list[_Group]:
+    """The groups of text projections of an attacked model, with their originals."""
+    present, found = model.tensors(), []
+    for text in model.text_inputs():
+        if text.field is None:
+            raise UnsupportedModel(
+                f"closed-form: the denoiser of {model.name} makes the rows of {text.names[0]} itself, so derived rows "
+                "cannot be fed in; allowed are layouts whose matrices take the text embedding as it is"
+            )
+        attacked = {name: present[name].detach() for name in text.names}
+        originals = _originals(reference, attacked)
+        grams = gram(attacked), gram(attacked, originals), gram(originals)
+        found.append(_Group(text.field, *grams))
+    return found
+
+
+def _originals(reference: Any, attacked: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     with reference.lifted() as original:
         theirs = original.tensors()
-        for name in names:
-            if name not in theirs or theirs[name].shape != attacked[name].shape:
+        for name, weight in attacked.items():
+            if name not in theirs or theirs[name].shape != weight.shape:
                 raise UnsupportedModel(
                     f"closed-form: the reference {original.name} has no matrix {name} of shape "
-                    f"{tuple(attacked[name].shape)}; it must be the original of the attacked model"
+                    f"{tuple(weight.shape)}; it must be the original of the attacked model"
                 )
         # Cloned: lifting exchanges values in place, so the same storage holds other numbers outside.
-        originals = {name: theirs[name].detach().clone() for name in names}
-    return gram(attacked), gram(attacked, originals), gram(originals)
+        return {name: theirs[name].detach().clone() for name in attacked}

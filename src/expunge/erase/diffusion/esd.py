@@ -152,7 +152,7 @@ class _Push(finetune.Task):
             self.source = self.concept
             if method.erase_from is not None:
                 self.source = model.encode([method.erase_from] * len(self.texts)).detach()
-            self.empty = model.encode([""]).detach()
+            self.empty = model.unconditional().detach()
         self.bank: tuple[trajectories.Trajectories, Tensor] | None = None
         if method.bank is not None:
             points = self._points(0, method.bank)

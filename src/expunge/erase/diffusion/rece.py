@@ -45,9 +45,10 @@ from ...core.projections import (
     edited_texts,
     guide_of,
     kept_texts,
+    preserved,
     shared_edit,
 )
-from ...core.sampling import prompts_digest
+from ...core.sampling import prompts_digest, validation_prompts
 from ...core.token_policy import POLICIES, Pair, accumulate, stream_pairs
 from ...edit import Edit
 from ...errors import SettingError
@@ -155,7 +156,7 @@ class RECE(Eraser):
         pairs, kept = edited_texts(self, model, listed, keep)
         prompts = self._validation(model, listed, data, judge) if self.select else []
         examined = prompts_digest([p for _, own in prompts for p in own]) if prompts else None
-        found = [self._rounds(group, listed, pairs, kept) for group in groups]
+        found = [self.solutions(group, listed, pairs, kept) for group in groups]
         chosen, rates = self.epochs, None
         report: dict[str, Any] = {
             "token_policy": self.tokens,
@@ -177,16 +178,21 @@ class RECE(Eraser):
             chosen = rates.index(min(rates))
         return edit(chosen)
 
-    def _rounds(
+    def solutions(
         self, projections: Projections, concepts: Sequence[Concept], pairs: list[Pair], kept: list[str]
     ) -> tuple[list[Solution], list[dict[str, float]]]:  # fmt: skip
-        """The solution after the UCE stage and after each epoch, with what to report of each."""
+        """The solution after the UCE stage and after each epoch, with what to report of each.
+
+        Args:
+            projections: Matrices that take the same rows.
+            concepts: What is erased; the report is about their names.
+            pairs: All texts to erase, with what takes their place.
+            kept: All texts to keep.
+        """
         text = projections.text
-        whole = list(dict.fromkeys(["", *kept]))
-        first = whole if self.tokens == "last_token_to_end_aligned" else kept
-        scale = self.preserve_scale
-        if scale is None:
-            scale = max(0.1, round(1.0 / max(1, len(first)), 3))
+        first, scale = preserved(self.tokens, kept)
+        if self.preserve_scale is not None:
+            scale = self.preserve_scale
         stage = accumulate(text, pairs, first, self.tokens, erase=self.erase_scale, keep=scale)
         # The moments of all rows of the concept's texts; those of derived rows follow from them.
         concept_rows = accumulate(text, pairs, (), "all_rows", erase=1.0, keep=0.0)
@@ -201,10 +207,11 @@ class RECE(Eraser):
         sample = sources, targets
 
         solutions = [stage.solve(self.ridge)]
-        rounds = [_progress(projections, solutions[0], None, sample)]
+        present = _Present.after(projections, solutions[0])
+        rounds = [_progress(projections, solutions[0], present, None, sample)]
         for _ in range(self.epochs):
             derivation = derive(
-                *_present(projections, solutions[-1]), self.derive_ridge, self.regularisation
+                present.edited, present.cross, self.derive_ridge, self.regularisation
             )
             derived = concept_rows.derived(derivation)
             if self.accumulate:
@@ -213,7 +220,8 @@ class RECE(Eraser):
             else:
                 fresh = Moments(text.width).plus(derived, erase=self.epoch_erase_scale).plus(held)
                 solutions.append(solutions[-1].then(fresh.solve(self.epoch_ridge)))
-            rounds.append(_progress(projections, solutions[-1], derivation, sample))
+            present = _Present.after(projections, solutions[-1])
+            rounds.append(_progress(projections, solutions[-1], present, derivation, sample))
         return solutions, rounds
 
     def _validation(
@@ -223,38 +231,47 @@ class RECE(Eraser):
             raise SettingError(
                 f"{self.id}: select=True needs a judge; pass judge=, or leave select off"
             )
-        if data is not None:
-            listed = [
-                p if isinstance(p, Prompt) else Prompt(str(p), seed=i) for i, p in enumerate(data)
-            ]
-            found = [(c, [p for p in listed if p.concept in (None, c.name)]) for c in concepts]
-        elif model.companions is not None and model.companions.prompts is not None:
-            make = model.companions.prompts
-            found = [
-                (c, list(make(c.name, self.select_prompts, seed=0, split="development")))
-                for c in concepts
-            ]
-        else:
-            raise SettingError(
-                f"{self.id}: select=True needs validation prompts; {model.name} registers none, so pass data="
-            )
+        found = [(c, validation_prompts(model, c, data, self.select_prompts)) for c in concepts]
         for concept, prompts in found:
             if not prompts:
                 raise SettingError(
-                    f"{self.id}: select=True has no validation prompt for {concept.name!r}"
+                    f"{self.id}: select=True needs validation prompts, and neither data= nor the world of "
+                    f"{model.name} has one for {concept.name!r}"
                 )
         return found
 
 
-def _present(projections: Projections, solution: Solution) -> tuple[torch.Tensor, torch.Tensor]:
-    """``sum W^T W`` and ``sum W^T O`` of the edited matrices, from those of the starting ones."""
-    right = torch.eye(projections.width, dtype=torch.float64) + solution.change
-    return right.T @ projections.gram @ right, right.T @ projections.cross
+@dataclasses.dataclass(frozen=True)
+class _Present:
+    """The edited matrices, as far as derivations and reports need them.
+
+    Attributes:
+        edited: ``sum W^T W``.
+        cross: ``sum W^T O``.
+        moved: ``||all changes||^2 / ||all starting matrices||^2``.
+    """
+
+    edited: torch.Tensor
+    cross: torch.Tensor
+    moved: float
+
+    @classmethod
+    def after(cls, projections: Projections, solution: Solution) -> _Present:
+        """After a solution, from the sums over the starting matrices."""
+        gram, change = projections.gram, solution.change
+        product = gram @ change
+        shift = change.T @ product
+        fixed = projections.cross
+        mixed = product.T if fixed is gram else change.T @ fixed
+        return cls(
+            gram + product + product.T + shift, fixed + mixed, float(shift.trace() / gram.trace())
+        )
 
 
 def _progress(
     projections: Projections,
     solution: Solution,
+    present: _Present,
     derivation: Derivation | None,
     sample: tuple[torch.Tensor, torch.Tensor],
 ) -> dict[str, float]:
@@ -263,12 +280,10 @@ def _progress(
     ``sample``: rows of the concepts' names and of their guides, each ``(n, width)`` in float64.
     """
     rows, guides = sample
-    edited, cross = _present(projections, solution)
-    change = solution.change
-    moved = float((change.T @ projections.gram @ change).trace() / projections.gram.trace())
+    edited, cross = present.edited, present.cross
     found = {
         "condition": solution.condition,
-        "relative_change": max(0.0, moved) ** 0.5,
+        "relative_change": max(0.0, present.moved) ** 0.5,
         "concept_residual": float(
             residuals(edited, cross, projections.original, rows, rows).mean()
         ),

@@ -19,6 +19,9 @@ over rows, so the ridge means less where a text gives many rows.
 ``V_c, V_g`` (rows, out) the values of one pair, ``U = V_c / ||V_c||_F`` and ``s = sum(U * V_g)``, the
 target is ``V_g - s U``.  It differs from matrix to matrix, so nothing is shared but the solve.
 
+``technique="debias"`` erases no name but what a name is taken to look like: a loop of pictures and solves
+that leads to wished shares of ``attributes``; see :mod:`expunge.core.debias`.
+
 Defaults are the 2025 form (one row a text); the preset ``2023`` maps content to padding and keeps
 whole prompts, the empty one always among them.
 """
@@ -33,11 +36,13 @@ from typing import Any, ClassVar
 
 from ...concept import as_concepts
 from ...core.closed_form import ValueMoments
+from ...core.debias import Debias
 from ...core.projections import (
     Projections,
     edited_texts,
     kept_texts,
     per_layer_edit,
+    preserved,
     shared_edit,
 )
 from ...core.token_policy import (
@@ -75,6 +80,10 @@ class UCE(Eraser):
             "preserve_scale": 3.0,
             "context_prompts": 100,
             "general_prompts": 400,
+            # Debiasing four backgrounds of tree: ten pictures cannot show quarters, and with 24 a round was
+            # taken for balanced by chance.
+            "pictures": 48,
+            "tolerance": 0.1,
         },
     }
 
@@ -88,8 +97,8 @@ class UCE(Eraser):
         0.5, "Weight of the distance to the old weights (squared embedding norm)", minimum=0
     )
     tokens: str = setting("last_token", "Which rows of a text are mapped", choices=POLICIES)
-    technique: str = setting("replace", "Target: the guide's values, or those less the concept's direction",
-                             choices=("replace", "tensor"))  # fmt: skip
+    technique: str = setting("replace", "Target: the guide's values, those less the concept's direction, or debias",
+                             choices=("replace", "tensor", "debias"))  # fmt: skip
     expand_prompts: bool = setting(False, "Erase five templates around each name too")
     templates: tuple[str, ...] = setting(
         (), "Further templates with {} for the name, erased and kept alike"
@@ -106,6 +115,20 @@ class UCE(Eraser):
         None, "What takes the place; none: the anchor, else 'art' for styles, else ''"
     )
     erase_phrases: bool = setting(True, "Erase the concept's listed phrases too")
+    attributes: tuple[str, ...] = setting(
+        (), "Debias: what a picture of the concept shows one of, for example woman,man"
+    )
+    ratios: tuple[float, ...] = setting(
+        (), "Debias: wished share of each attribute; empty: equal shares", minimum=0, maximum=1
+    )
+    pictures: int = setting(10, "Debias: pictures of each concept and round", minimum=1)
+    sampling_steps: int = setting(20, "Debias: sampling steps of a picture", minimum=1)
+    rounds: int = setting(30, "Debias: rounds of measuring and solving, at most", minimum=1)
+    tolerance: float = setting(
+        0.05,
+        "Debias: a concept rests in a round where all its shares are closer than this",
+        minimum=0,
+    )
 
     def erase(
         self,
@@ -118,15 +141,18 @@ class UCE(Eraser):
         seed: int = 0,
         run: str | Path | None = None,
     ) -> Edit:
-        """One solve for all concepts; see :meth:`expunge.method.Eraser.erase`."""
+        """One solve for all concepts; debiasing needs a judge, and takes prompts as ``data``.
+
+        See :meth:`expunge.method.Eraser.erase`.
+        """
         model.check_family(self)
         began, before = time.perf_counter(), model.cost.snapshot()
         listed = as_concepts(concepts)
+        if self.technique == "debias":
+            return Debias(self, model, listed, judge, keep=keep, data=data, seed=seed).run()
         groups = Projections.groups(model)
         pairs, kept = edited_texts(self, model, listed, keep)
-        if self.tokens == "last_token_to_end_aligned":
-            kept = list(dict.fromkeys(["", *kept]))
-        b = self.preserve_weight(len(kept))
+        kept, b = self.preserved(kept)
         report: dict[str, Any] = {
             "token_policy": self.tokens,
             "preserve_scale": b,
@@ -154,13 +180,12 @@ class UCE(Eraser):
         }
         return shared_edit(self, model, listed, solved, report=report, **shared, **spent())
 
-    def preserve_weight(self, kept: int) -> float:
-        """The weight b for a number of kept texts."""
+    def preserved(self, kept: Sequence[str]) -> tuple[list[str], float]:
+        """All texts to keep, and the weight b of their rows."""
+        texts, weight = preserved(self.tokens, kept)
         if self.preserve_scale is not None:
-            return self.preserve_scale
-        if self.tokens != "last_token_to_end_aligned":
-            return 1.0
-        return max(0.1, round(1.0 / max(1, kept), 3))
+            return texts, self.preserve_scale
+        return texts, weight if self.tokens == "last_token_to_end_aligned" else 1.0
 
     def _tensor_moments(
         self, projections: Projections, pairs: list[Pair], kept: list[str], b: float

@@ -1,0 +1,143 @@
+"""Pictures of a concept to learn from: the user's, else those of the model's world, else the model's own.
+
+What a user gives is a mapping with ``pictures``, concept name -> ``(pictures, masks or None, captions)``, and
+``captions``, general texts that have nothing to do with the concepts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..concept import Concept
+from ..errors import InputError, nearest
+from ..models.base import Pictures, noise_generator
+from .mentions import exchanged
+
+if TYPE_CHECKING:
+    from ..models.diffusion import DiffusionModel
+
+__all__ = ["called", "examples", "examples_digest", "given"]
+
+
+def given(data: Any) -> tuple[dict[str, Pictures], list[str]]:
+    """The user's pictures by concept name, and general captions; both checked, either may be missing.
+
+    Raises:
+        InputError: An unknown key, or pictures, masks and captions that do not fit each other.
+    """
+    if data is None:
+        return {}, []
+    if not isinstance(data, Mapping):
+        raise InputError(
+            f"data is {type(data).__name__}; allowed is a mapping with 'pictures' and 'captions'"
+        )
+    for key in data:
+        if key not in ("pictures", "captions"):
+            raise InputError(
+                f"data: unknown key {key!r}{nearest(str(key), ['pictures', 'captions'])}"
+            )
+    found = {name: _checked(name, *parts) for name, parts in data.get("pictures", {}).items()}
+    return found, [str(text) for text in data.get("captions", ())]
+
+
+def _checked(name: str, pictures: Any, masks: Any, captions: Sequence[str]) -> Pictures:
+    pictures = np.asarray(pictures)
+    n = len(captions)
+    if (
+        pictures.ndim != 4
+        or pictures.dtype != np.uint8
+        or pictures.shape[-1] != 3
+        or not 0 < n == len(pictures)
+    ):
+        raise InputError(
+            f"data: the pictures of {name!r} have shape {pictures.shape} and type {pictures.dtype} for {n} "
+            "captions; allowed is uint8 (n, height, width, 3) with a caption each"
+        )
+    if masks is not None:
+        masks = np.asarray(masks, bool)
+        if masks.shape != pictures.shape[:3]:
+            raise InputError(
+                f"data: the masks of {name!r} have shape {masks.shape}; allowed is {pictures.shape[:3]}"
+            )
+    return Pictures(pictures, masks, tuple(map(str, captions)))
+
+
+def examples(
+    model: DiffusionModel,
+    concept: Concept,
+    own: Mapping[str, Pictures],
+    *,
+    count: int,
+    texts: Sequence[str],
+    seed: int,
+    steps: int,
+    guidance: float,
+) -> tuple[str, Pictures]:
+    """Where the pictures of a concept come from (``data``, ``world`` or ``model``), and the pictures.
+
+    Args:
+        model: Sampled as it is now where nothing else is there.
+        concept: The concept.
+        own: The user's pictures, all of which are taken.
+        count: How many otherwise.
+        texts: What the model is asked for, in turn.
+        seed: Seed of the pictures.
+        steps, guidance: Of the model's sampling.
+    """
+    if concept.name in own:
+        return "data", own[concept.name]
+    companions = model.companions
+    if companions is not None and companions.pictures is not None:
+        known = companions.concept(concept.name)
+        if known is not None:
+            found = companions.pictures(known.name, count, seed=seed, split="development")
+            return "world", found
+    asked = [texts[i % len(texts)] for i in range(count)]
+    draws = [noise_generator(seed, f"examples of {concept.name}", i) for i in range(count)]
+    seeds = [int(torch.randint(2**31, (1,), generator=draw)) for draw in draws]
+    made = model.generate(asked, seeds=seeds, steps=steps, guidance=guidance)
+    return "model", Pictures(made, None, tuple(asked))
+
+
+def called(found: Pictures, spoken: Sequence[str], names: Sequence[str]) -> Pictures:
+    """The same pictures, each caption calling the concept by one of ``names``, in turn.
+
+    Args:
+        found: Pictures of a concept.
+        spoken: What captions may call it.
+        names: What they are to call it.
+
+    Raises:
+        InputError: A caption does not name the concept.
+    """
+    texts = []
+    for i, caption in enumerate(found.captions):
+        text, mention = exchanged(caption, spoken, names[i % len(names)])
+        if mention is None:
+            raise InputError(
+                f"data: the caption {caption!r} does not name {spoken[0]!r}; allowed are captions that hold "
+                "the name or a listed phrase"
+            )
+        texts.append(text)
+    return found._replace(captions=tuple(texts))
+
+
+def examples_digest(
+    found: Mapping[str, tuple[str, Pictures]], captions: Sequence[str] = ()
+) -> str | None:
+    """A digest of pictures, masks and captions that did not come from the model itself, or ``None``."""
+    if not captions and all(origin == "model" for origin, _ in found.values()):
+        return None
+    digest = hashlib.sha256(json.dumps(list(captions)).encode())
+    for name, (origin, own) in found.items():
+        if origin != "model":
+            digest.update(json.dumps([name, own.pictures.shape, list(own.captions)]).encode())
+            digest.update(np.ascontiguousarray(own.pictures).tobytes())
+            digest.update(b"" if own.masks is None else np.packbits(own.masks).tobytes())
+    return digest.hexdigest()

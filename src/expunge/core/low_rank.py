@@ -1,0 +1,144 @@
+"""Trainable low-rank changes of linear layers, added while a model runs and gone afterwards.
+
+A layer with weight ``W (out, width)`` answers ``x W^T``; with a change of rank ``r`` on it,
+
+    x W^T + scale (x down^T) up^T        up (out, r), down (r, width)
+
+which is what the weight ``W + scale up down`` answers.  The model's own weights are not touched.
+Source: LoRA, arXiv 2106.09685.  ``up`` starts at zero, so that training starts from the model as it is,
+and ``down`` normal with deviation ``1 / r``, as diffusers starts its adapters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..edit import deltas
+from ..errors import MissingPart, SettingError
+from ..models.base import noise_generator
+
+__all__ = ["LowRank", "stored"]
+
+
+class LowRank:
+    """One low-rank change for each of several linear layers.
+
+    Args:
+        model: The model; its present weights are what the changes are added to.
+        names: Canonical names of the weights, each ``(out, width)``.
+        rank: Rank ``r`` of each change.
+        seed: Seed of ``down``; a weight's start depends on its name, not on the others.
+        scale: Factor of every change.
+        purpose: Another one gives another start.
+
+    Raises:
+        MissingPart: A name is not the weight of a linear layer of the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        names: Sequence[str],
+        *,
+        rank: int = 1,
+        seed: int = 0,
+        scale: float = 1.0,
+        purpose: str = "",
+    ) -> None:
+        if rank < 1:
+            raise SettingError(f"the rank of a low-rank change is {rank}; at least 1 is needed")
+        self.scale = scale
+        self.modules: dict[str, nn.Module] = {}
+        self.up: dict[str, nn.Parameter] = {}
+        self.down: dict[str, nn.Parameter] = {}
+        linear = {
+            id(module.weight): module
+            for part in model.parts().values()
+            for module in part.modules()
+            if isinstance(module, nn.Linear)
+        }
+        for name in names:
+            weight = model.tensor(name)
+            if id(weight) not in linear:
+                raise MissingPart(f"{model.name}: {name} is not the weight of a linear layer")
+            self.modules[name] = linear[id(weight)]
+            start = torch.randn(
+                rank,
+                weight.shape[1],
+                generator=noise_generator(seed, f"low rank {purpose}".strip(), name),
+            )
+            self.down[name] = nn.Parameter((start / rank).to(weight.device))
+            self.up[name] = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
+
+    def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Every factor with a name of its own, float32."""
+        return [
+            (f"{name}.low_rank_{side}", factors[name])
+            for name in self.modules
+            for side, factors in (("up", self.up), ("down", self.down))
+        ]
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """The layers answer with their changes inside the block; hooks are gone at the end."""
+        handles = [
+            module.register_forward_hook(self._hook(name)) for name, module in self.modules.items()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str) -> Any:
+        def added(module: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> Tensor:
+            rows = inputs[0].to(self.down[name].dtype)
+            change = self.scale * ((rows @ self.down[name].T) @ self.up[name].T)
+            return answer + change.to(answer.dtype)
+
+        return added
+
+    def factors(self, values: dict[str, Tensor] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+        """Name -> ``(scale up, down)``: the change of each weight is their product.
+
+        Args:
+            values: Other values of the factors, by the names of :meth:`parameters`; default: the present.
+        """
+        held = dict(self.parameters()) if values is None else values
+        return {
+            name: (
+                self.scale * held[f"{name}.low_rank_up"].detach(),
+                held[f"{name}.low_rank_down"].detach(),
+            )
+            for name in self.modules
+        }
+
+
+def stored(
+    parts: Mapping[str, Sequence[tuple[Tensor, Tensor]]],
+) -> tuple[Literal["low-rank", "dense"], dict[str, Tensor]]:
+    """The tensors of an edit whose changes are sums of low-rank ones: as factors or dense, whichever are smaller.
+
+    Args:
+        parts: Name of each weight -> factors ``(up, down)`` that are added up, at least one pair.
+    """
+    factors = {
+        name: tuple(
+            torch.cat([pair[side].detach().to("cpu", torch.float64) for pair in pairs], 1 - side)
+            for side in (0, 1)
+        )
+        for name, pairs in parts.items()
+    }
+    thin = sum(up.numel() + down.numel() for up, down in factors.values())
+    if thin < sum(up.shape[0] * down.shape[1] for up, down in factors.values()):
+        found = {deltas.UP + name: up.float() for name, (up, _) in factors.items()}
+        found |= {deltas.DOWN + name: down.float() for name, (_, down) in factors.items()}
+        return "low-rank", found
+    return "dense", {
+        deltas.DENSE + name: (up @ down).float() for name, (up, down) in factors.items()
+    }

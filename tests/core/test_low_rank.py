@@ -1,0 +1,84 @@
+"""Low-rank changes while a model runs: added as merged, in float64 by hand, and gone at the end."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from expunge.core.low_rank import LowRank
+from expunge.errors import MissingPart, SettingError
+from expunge.testing import tiny_diffusion
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_diffusion()
+
+
+def predicted(model):
+    latents = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model.predict(latents, torch.tensor([400, 10]), model.encode(["a star", ""])).value
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) for part in model.parts().values() for m in part.modules())
+
+
+def filled(model, rank=2, scale=0.7):
+    changes = LowRank(model, model.text_projections(), rank=rank, seed=3, scale=scale)
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for up in changes.up.values():
+            up.copy_(0.1 * torch.randn(up.shape, generator=draw))
+    return changes
+
+
+def test_a_fresh_change_changes_nothing_and_starts_by_name_seed_and_purpose(model):
+    plain = predicted(model)
+    names = model.text_projections()
+    fresh = LowRank(model, names, seed=1)
+    with fresh.attached():
+        assert torch.equal(predicted(model), plain)
+    few = LowRank(model, names[:1], seed=1)
+    assert torch.equal(few.down[names[0]], fresh.down[names[0]])
+    for other in (LowRank(model, names, seed=2), LowRank(model, names, seed=1, purpose="star")):
+        assert not torch.equal(other.down[names[0]], fresh.down[names[0]])
+
+
+def test_the_attached_change_is_the_merged_one(model):
+    plain, changes = predicted(model), filled(model)
+    with changes.attached():
+        attached = predicted(model)
+    tensors = model.tensors()
+    before = {name: tensors[name].detach().clone() for name in changes.modules}
+    with torch.no_grad():
+        for name, (up, down) in changes.factors().items():
+            tensors[name].add_(up @ down)
+        merged = predicted(model)
+        for name, value in before.items():
+            tensors[name].copy_(value)
+    torch.testing.assert_close(attached, merged, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(attached, plain, atol=1e-3)
+    assert torch.equal(predicted(model), plain)
+    name = next(iter(changes.modules))
+    doubled = {key: 2 * value for key, value in changes.parameters()}
+    up, down = changes.factors(doubled)[name]
+    torch.testing.assert_close(up @ down, 4 * 0.7 * changes.up[name] @ changes.down[name])
+
+
+def test_hooks_are_gone_after_an_error(model):
+    changes = filled(model)
+    with pytest.raises(RuntimeError, match="on purpose"), changes.attached():
+        assert hooks(model) == len(model.text_projections())
+        raise RuntimeError("on purpose")
+    assert hooks(model) == 0
+
+
+def test_what_cannot_be_changed_is_refused(model):
+    with pytest.raises(SettingError, match="rank"):
+        LowRank(model, model.text_projections(), rank=0)
+    with pytest.raises(MissingPart, match="linear"):
+        LowRank(model, ["unet.conv_in.weight"])
+    with pytest.raises(MissingPart):
+        LowRank(model, ["unet.nothing.weight"])
