@@ -142,7 +142,9 @@ def test_manifests_are_validated(content, tmp_path):
     assert refused(path, sealed(content, kind="odd"), "kind")
     assert refused(path, sealed(content, method=...), "method")
     assert refused(path, sealed(content, base={}), "base")
-    assert refused(path, sealed(content, format=1), "format 1; this version of expunge reads format 2")
+    assert refused(
+        path, sealed(content, format=1), "format 1; this version of expunge reads format 2"
+    )
     assert refused(path, sealed(content, format=3), "format 3")
     assert refused(path, sealed(content, format="2"), "format")
     assert refused(path, sealed(content, version=0), "version")

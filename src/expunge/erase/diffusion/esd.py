@@ -92,7 +92,8 @@ class ESD(Eraser):
         # Small model: fewer sampling steps, larger learning rate, a bank.  Chosen on 56 development prompts of
         # star: esd-x leaves it in 21 to 30 % of the pictures (18 % at eta 4 and 700 steps), esd-u in 5 %.
         "world": {
-            "layers": "esd-u", "steps": 350, "lr": 5e-4, "eta": 3.0, "sampling_steps": 20, "batch": 16, "bank": 384, "phrases": True,
+            "layers": "esd-u", "steps": 350, "lr": 5e-4, "eta": 3.0, "sampling_steps": 20, "batch": 16,
+            "bank": 384, "phrases": True,
         },
     }  # fmt: skip
 
