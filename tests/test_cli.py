@@ -200,3 +200,13 @@ def test_help_explains_every_option():
         "--prompts",
     ):
         assert option in done.stdout
+
+
+@pytest.mark.parametrize("command", ["audit", "run"])
+def test_a_model_without_a_judge_is_refused_before_anything_is_done(
+    command, folder, tmp_path, capsys
+):
+    arguments = ("-m", folder, "-c", "star", "-o", tmp_path / "out")
+    status, _, err = run(capsys, command, *arguments)
+    assert status == 1 and "the command line knows no other; in Python expunge.audit" in err
+    assert not (tmp_path / "out").exists()

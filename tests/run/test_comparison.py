@@ -375,6 +375,19 @@ def test_seeds_are_pooled_and_the_larger_record_of_a_seed_wins(measured: Path) -
     assert row(page.parts()["star"], "original")[1] == "0.500 (0.237 to 0.763), 10"
 
 
+def test_each_seed_counts_the_one_that_it_takes_back_itself() -> None:
+    target = {"names": {"ann": {"hits": "11"}, "tom": {"hits": "00"}}}
+    alone = page.pooled(page._named([target, target], ["ann", "tom"], True))
+    assert alone is not None and alone[::2] == (
+        0.5,
+        4,
+    )  # both names of both seeds would be 8 pictures
+    alone = page.pooled(page._named([target, target, target], ["ann", "ann", None], True))
+    others = page.pooled(page._named([target, target], ["ann", "ann"], False))
+    assert alone is not None and others is not None
+    assert (alone[0], alone[2], others[0], others[2]) == (1.0, 4, 0.0, 4)
+
+
 def test_plots_are_drawn_once_and_again_when_numbers_change(measured: Path, tmp_path: Path) -> None:
     plots.draw(tmp_path)
     file = tmp_path / page.PLOTTED["objects"]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import catalogue
-from ..errors import ExpungeError, SettingError, nearest
+from ..errors import ExpungeError
 from . import common
 from .options import (
     MODEL_HELP,
@@ -268,9 +268,7 @@ def _audit(
 ) -> Any:  # fmt: skip
     from ..evidence import audit as run_audit
 
-    own = common.own_judge(model)
-    if judge is not None and (own is None or judge != own.id):
-        raise SettingError(f"judge {judge!r} is unknown{nearest(judge, [own.id] if own else [])}")
+    common.check_judge(model, judge)
     ids: Any = (
         attacks
         if attacks in ("all", "none")
@@ -302,6 +300,7 @@ def run(
     """Erase, then audit: everything in one folder."""
     opened = common.load(model)
     wanted = common.concepts_of(opened, concept, concept_file, kind, phrase, anchor)
+    common.check_judge(opened)  # before an erasure that may take hours
     made = _erase(opened, wanted, method, preset, set_, keep, None, seed, out)
     _audit(opened, [made], wanted, out, never=never, attacks=attacks, budget=budget, prompts=prompts, seeds=seeds,
            n=n, kept_n=kept_n, attack_n=attack_n, seed=seed)  # fmt: skip

@@ -147,3 +147,15 @@ def own_judge(model: Model) -> Judge | None:
     """The judge a world registered beside the model, or ``None``."""
     companions = model.companions
     return companions.judge() if companions is not None and companions.judge is not None else None
+
+
+def check_judge(model: Model, id: str | None = None) -> None:
+    """Refuse what has no judge on the command line, or a judge that is not the model's own."""
+    own = own_judge(model)
+    if own is None:
+        raise SettingError(
+            f"{model.name} has no judge of its own, and the command line knows no other; in Python "
+            "expunge.audit takes any as judge="
+        )
+    if id is not None and id != own.id:
+        raise SettingError(f"judge {id!r} is unknown{nearest(id, [own.id])}")

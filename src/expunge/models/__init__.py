@@ -101,12 +101,22 @@ def _from_library(text: str, layout: str | None, dtype: Any, device: str) -> Mod
 
         from .diffusion import DiffusionModel
 
-        pipeline = DiffusionPipeline.from_pretrained(text, torch_dtype=dtype, use_safetensors=True)
+        pipeline = DiffusionPipeline.from_pretrained(
+            text, torch_dtype=dtype, use_safetensors=True, **_absent(Path(text))
+        )
     except (OSError, ValueError, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{text}: cannot be opened ({reason})") from error
     # The library has set the precision, and keeps what overflows in float16 (parts of a T5) in float32.
     return _moved(DiffusionModel(pipeline, text), None, device)
+
+
+def _absent(folder: Path) -> dict[str, None]:
+    """Text encoders and tokenizers that a folder was saved without (T5 of SD3): the library wants to be told."""
+    file = folder / "model_index.json"
+    index = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    towers = ("text_encoder", "tokenizer")
+    return {name: None for name in index if name.startswith(towers) and index[name] == [None, None]}
 
 
 def _hub_layout(text: str) -> str:

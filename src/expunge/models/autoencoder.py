@@ -14,6 +14,14 @@ from ..errors import NonFiniteError
 
 __all__ = ["latents_of", "pictures_of"]
 
+PIXELS = 4 * 1024**2
+"""Pixels that pass through the autoencoder at a time: four pictures of 1024 x 1024 take about 20 GB in float32."""
+
+
+def _few(most: int, height: int, width: int) -> int:
+    """Pictures at a time."""
+    return max(1, min(most, PIXELS // (height * width)))
+
 
 def _statistics(vae: Any, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
     """``(shift, scale)`` with ``scaled = (latents - shift) * scale``."""
@@ -53,7 +61,8 @@ def latents_of(vae: Any, pictures: np.ndarray, device: torch.device, wide: bool 
         torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
     )
     with _widened(vae, wide):
-        found = [vae.encode(p.to(device, vae.dtype)) for p in pixels.split(64)]
+        few = _few(64, *pictures.shape[1:3])
+        found = [vae.encode(p.to(device, vae.dtype)) for p in pixels.split(few)]
     parts = [f.latent_dist.mean if hasattr(f, "latent_dist") else f.latent for f in found]
     latents = torch.cat(parts)
     shift, scale = _statistics(vae, latents)
@@ -61,8 +70,10 @@ def latents_of(vae: Any, pictures: np.ndarray, device: torch.device, wide: bool 
 
 
 @torch.no_grad()
-def pictures_of(vae: Any, latents: Tensor, name: str, wide: bool = False) -> np.ndarray:
-    """Decoded pictures, uint8 ``(n, H, W, 3)``; ``wide`` as in :func:`latents_of`.
+def pictures_of(
+    vae: Any, latents: Tensor, name: str, wide: bool = False, factor: int = 8
+) -> np.ndarray:
+    """Decoded pictures, uint8 ``(n, H, W, 3)``; ``wide`` as in :func:`latents_of`, ``factor`` pixels a latent.
 
     Raises:
         NonFiniteError: NaN or infinity in what was decoded.
@@ -74,6 +85,7 @@ def pictures_of(vae: Any, latents: Tensor, name: str, wide: bool = False) -> np.
         widened = latents.to(vae.dtype)
         shift, scale = _statistics(vae, widened)
         scaled = widened / scale + shift
+        few = _few(few, *(side * factor for side in latents.shape[2:]))
         parts = [part.to(memory_format=layout) for part in scaled.split(few)]
         pixels = torch.cat([vae.decode(part).sample for part in parts])
     if not torch.isfinite(pixels).all():

@@ -69,7 +69,7 @@ class DiffusionModel(Model):
         for module in self.parts().values():
             module.eval()
             module.requires_grad_(False)
-        self._texts: dict[tuple[str, int], Condition] = {}
+        self._texts: dict[tuple[str, Any], Condition] = {}
 
     # -- parts ---------------------------------------------------------------------------------
 
@@ -154,8 +154,9 @@ class DiffusionModel(Model):
         if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
             return self.layout.encode(texts)
         # In-place changes of weights (edits, training) raise the version counters, so a remembered
-        # embedding is never served for other weights.
-        version = sum(p._version for p in parameters)
+        # embedding is never served for other weights; nor after a move to another device or precision.
+        where = {(p.device, p.dtype) for tower in towers for p in [next(tower.parameters())]}
+        version = (sum(p._version for p in parameters), frozenset(where))
         missing = [text for text in dict.fromkeys(texts) if (text, version) not in self._texts]
         if len(self._texts) + len(missing) > self._room():
             self._texts.clear()
@@ -214,7 +215,9 @@ class DiffusionModel(Model):
     def pictures_of(self, latents: Tensor) -> np.ndarray:
         """Decoded pictures, uint8 ``(n, H, W, 3)``."""
         self.cost.add("autoencoder", len(latents))
-        return autoencoder.pictures_of(self.vae, latents, self.name, self.layout.wide)
+        return autoencoder.pictures_of(
+            self.vae, latents, self.name, self.layout.wide, self.layout.scale_factor
+        )
 
     # -- noise schedule and prediction -----------------------------------------------------------
 

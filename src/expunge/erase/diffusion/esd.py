@@ -71,7 +71,9 @@ def trainable(model: DiffusionModel, layers: str) -> list[tuple[str, nn.Paramete
         if (module := name.rpartition(".")[0]) in modules and wanted(module)
     ]
     if not chosen:
-        raise MissingPart(f"{model.name}: layers={layers!r} selects nothing in this denoiser")
+        raise MissingPart(
+            f"{model.name}: layers={layers!r} selects nothing in this denoiser; the choices are those of a UNet"
+        )
     return chosen
 
 

@@ -74,6 +74,11 @@ class Layout(ABC):
                 raise UnsupportedModel(
                     f"{self.name}: {kind} has no {part}, which {self.title} needs"
                 )
+        for part in ("controlnet", "adapter"):
+            if getattr(self.pipeline, part, None) is not None:
+                raise UnsupportedModel(
+                    f"{self.name}: {kind} also takes a picture through its {part}, which is not covered"
+                )
         made = getattr(self.pipeline.vae.config, "latent_channels", None)
         if made is not None and made != self.latent_shape[0]:
             raise UnsupportedModel(

@@ -55,9 +55,14 @@ class _Captioned(Layout):
         # Without both libraries the pipeline leaves it off too, with a warning at every call.
         return bool(self.default("clean_caption")) and is_bs4_available() and is_ftfy_available()
 
+    @property
+    @abstractmethod
+    def _length(self) -> int:
+        """Rows of a text."""
+
     def settings(self) -> dict[str, Any]:
-        """Also whether captions are cleaned."""
-        return {**super().settings(), "cleaned": self._cleaned}
+        """Also whether captions are cleaned, and the rows of a text."""
+        return {**super().settings(), "cleaned": self._cleaned, "length": self._length}
 
     def _mean(self, value: Tensor, channels: int) -> Tensor:
         """The prediction without the variances that some denoisers learn beside it."""
@@ -159,6 +164,8 @@ class Sana(_Captioned):
         return {**super().settings(), "instruction": self._instruction}
 
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        # A Gemma tokenizer pads on the left until the pipeline, which sets this too, has encoded once.
+        self.pipeline.tokenizer.padding_side = "right"
         prepared, length, instruction = self._prepared(texts), self._length, self._instruction
         if instruction:
             before = "\n".join(instruction)

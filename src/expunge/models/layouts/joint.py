@@ -60,6 +60,10 @@ class _Joint(Layout):
     def _length(self) -> int:
         return int(self.default("max_sequence_length", 256))
 
+    def settings(self) -> dict[str, Any]:
+        """Also the rows of a text that T5 makes."""
+        return {**super().settings(), "length": self._length}
+
     def _shift(self, scheduler: Any, patches: int, high: float) -> float:
         """How far the noise levels move with the number of patches: a straight line between two sizes."""
         config = scheduler.config
@@ -145,7 +149,7 @@ class Flux(_Joint):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """``(channels, height, width)`` before the latents are packed."""
-        size = int(self.pipeline.default_sample_size)
+        size = int(self.pipeline.default_sample_size) // 2 * 2
         return self.denoiser.config.in_channels // 4, size, size
 
     def _encoded(self, texts: list[str]) -> Condition:

@@ -35,7 +35,9 @@ class StableDiffusion(Layout):
     @classmethod
     def covers(cls, pipeline: Any) -> bool:
         """A UNet that takes text rows and nothing else."""
-        more = ("addition_embed_type", "encoder_hid_dim_type", "class_embed_type")
+        more = (
+            "addition_embed_type", "encoder_hid_dim_type", "class_embed_type", "time_cond_proj_dim",
+        )  # fmt: skip
         return (
             getattr(pipeline, "unet", None) is not None
             and getattr(pipeline, "text_encoder_2", None) is None

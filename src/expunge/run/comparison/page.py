@@ -6,7 +6,7 @@ several the one with most pictures, then the newest.  Several seeds are pooled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -119,17 +119,16 @@ def _rank(entry: Mapping[str, Any]) -> tuple[int, int, str]:
 
 
 def pooled(
-    found: Sequence[Mapping[str, Any] | None], only: Callable[[str], bool] = lambda name: True
+    found: Sequence[Mapping[str, Any] | None],
 ) -> tuple[float, tuple[float, float], int] | None:
     """Rate, interval and pictures of one set over the seeds, each concept weighing the same."""
     hits: dict[str, list[bool]] = {}
     units: dict[str, list[Any]] = {}
     for seed, one in enumerate(found):
         for name, bits in (one or {}).get("names", {}).items():
-            if only(name):
-                hits.setdefault(name, []).extend(digit == "1" for digit in bits["hits"])
-                own = bits.get("units", range(len(bits["hits"])))
-                units.setdefault(name, []).extend((seed, unit) for unit in own)
+            hits.setdefault(name, []).extend(digit == "1" for digit in bits["hits"])
+            own = bits.get("units", range(len(bits["hits"])))
+            units.setdefault(name, []).extend((seed, unit) for unit in own)
     if not hits:
         return None
     value, interval, _ = mean_rate([(hits[name], units[name]) for name in hits])
@@ -338,11 +337,11 @@ def _requests(page: Page, arm: str, number: int) -> list[list[str]]:
 def _measures(own: Found, state: str | None, taken: Mapping[int, str] | None) -> list[str]:
     if not own:
         return [MISSING] * 8
-    names = set((taken or {}).values())
     target, alone = of_set(own, "target", state), pooled(of_set(own, "taken", state))
-    others = pooled(target, lambda name: name not in names) if names else None
-    if alone is None and names:
-        alone = pooled(target, lambda name: name in names)
+    names = [(taken or {}).get(entry["request"]["seed"]) for entry in own]
+    others = pooled(_named(target, names, False)) if taken else None
+    if alone is None and taken:
+        alone = pooled(_named(target, names, True))
     return [
         _rate(pooled(target), MISSING),
         _rate(alone, MISSING),
@@ -353,6 +352,16 @@ def _measures(own: Found, state: str | None, taken: Mapping[int, str] | None) ->
         pages.number(_edit(own, "drift", state)),
         pages.number(_edit(own, "relative_change", state)),
     ]
+
+
+def _named(
+    found: Sequence[Mapping[str, Any] | None], names: Sequence[str | None], alone: bool
+) -> list[dict[str, Any]]:
+    """Of each seed's set the concept that this seed takes back alone, or all others."""
+    return [
+        {"names": {n: bits for n, bits in one["names"].items() if (n == name) == alone}} if one and name else {}
+        for one, name in zip(found, names, strict=True)
+    ]  # fmt: skip
 
 
 # -- the page --------------------------------------------------------------------------------------
