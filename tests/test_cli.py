@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from expunge import cli
@@ -130,6 +132,24 @@ def test_erase_inspect_export_generate_on_a_saved_pipeline(capsys, folder, tmp_p
     assert status == 0
     pictures = sorted((tmp_path / "g").glob("*.png"))
     assert len(pictures) == 2 and Image.open(pictures[0]).size == (16, 16)
+
+
+def test_device_and_precision_are_asked_for_or_refused(capsys, folder, tmp_path, monkeypatch):
+    from expunge.models import diffusion
+
+    seen, picture = [], np.zeros((1, 16, 16, 3), np.uint8)
+    monkeypatch.setattr(
+        diffusion.DiffusionModel,
+        "generate",
+        lambda self, *_, **__: seen.append((self.device.type, self.dtype)) or picture,
+    )
+    ask = ("generate", "-m", folder, "-p", "a star", "-o", tmp_path / "out")
+    assert run(capsys, *ask, "--dtype", "bfloat16", "--device", "cpu")[0] == 0
+    assert run(capsys, *ask)[0] == 0
+    assert seen == [("cpu", torch.bfloat16), ("cpu", torch.float32)]
+    for wrong, words in (("--dtype", "float32, float16, bfloat16"), ("--device", "this machine")):
+        status, _, err = run(capsys, *ask, wrong, "odd")
+        assert status == 1 and words in err
 
 
 def test_unknown_settings_and_presets_are_refused_with_the_nearest(capsys, folder, tmp_path):

@@ -292,6 +292,31 @@ def test_half_precision_weights_move_by_less_than_their_rounding() -> None:
     assert equal(values(net), before)
 
 
+class _Beside(Task):
+    """Float32 factors beside a float16 layer, and a loss whose gradients vanish in float16."""
+
+    def __init__(self) -> None:
+        self.net, self.factor = nn.Linear(4, 4).half(), nn.Parameter(torch.ones(4))
+
+    def parameters(self) -> finetune.Groups:
+        return {"changes": [("factor", self.factor)]}
+
+    def step(self, step: Step) -> dict[str, torch.Tensor]:
+        made = self.net(torch.ones(2, 4).half()) + self.factor.half()
+        return {"changes": made.float().sum() * 1e-8}
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_float32_factors_beside_float16_weights_get_the_loss_scale(half: bool) -> None:
+    task, seen = _Beside(), []
+    task.gradients = lambda step, group, named: seen.append(named["factor"].clone())  # type: ignore[method-assign]
+    fit(task, Loop(1, Optimiser(lr=0.1)), seed=0, modules=[task.net] if half else [])
+    assert seen[0].dtype == torch.float32
+    # The control, told of no float16, loses the gradient.
+    wanted = torch.full((4,), 2e-8 if half else 0.0)
+    torch.testing.assert_close(seen[0], wanted, rtol=0.05, atol=0.0)
+
+
 class _Parts(Regression):
     def step(self, step: Step) -> dict[str, torch.Tensor]:
         inputs = torch.randn(8, 6, generator=noise_generator(0, "all"))

@@ -210,3 +210,9 @@ def test_partial_is_the_sampler_stopped(model):
 def test_half_precision_runs():
     half = tiny_diffusion(dtype=torch.bfloat16)
     assert isinstance(half, DiffusionModel) and half.generate("a star").dtype == np.uint8
+
+
+def test_a_model_goes_where_another_one_stands():
+    low, high = tiny_diffusion(dtype=torch.bfloat16), tiny_diffusion(1)
+    assert high.beside(low) is high and high.dtype == torch.bfloat16
+    assert all(p.dtype == torch.bfloat16 for p in high.tensors().values())

@@ -24,6 +24,8 @@ from .options import (
     AttacksOption,
     BudgetOption,
     ConceptOption,
+    DeviceOption,
+    DtypeOption,
     EditOption,
     FileOption,
     JudgeOption,
@@ -171,9 +173,11 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; the model's own otherwise.")
     ] = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
 ) -> None:
     """Generate pictures (PNG files) or texts (`texts.json`), with edits applied."""
-    opened = common.load(model)
+    opened = common.load(model, device, dtype)
     from ..edit import Edit
     from ..edit.files import atomic_write
     from ..method import Prompt
@@ -210,10 +214,10 @@ def erase(
     model: ModelOption, out: OutOption, method: MethodOption = "rece", concept: ConceptOption = None,
     concept_file: FileOption = None, kind: KindOption = None, phrase: PhraseOption = None,
     anchor: AnchorOption = None, keep: KeepOption = None, preset: PresetOption = None, set_: SetOption = None,
-    edit: EditOption = None, seed: SeedOption = 0,
+    edit: EditOption = None, seed: SeedOption = 0, device: DeviceOption = "cpu", dtype: DtypeOption = None,
 ) -> None:  # fmt: skip
     """Erase concepts; writes `edit.safetensors` and `edit.json`. The model itself is not changed."""
-    opened = common.load(model)
+    opened = common.load(model, device, dtype)
     wanted = common.concepts_of(opened, concept, concept_file, kind, phrase, anchor)
     _erase(opened, wanted, method, preset, set_, keep, edit, seed, out)
 
@@ -249,10 +253,10 @@ def audit(
     original: OriginalOption = None, never: NeverOption = None, judge: JudgeOption = None,
     attacks: AttacksOption = "all", budget: BudgetOption = "world", prompts: PromptsOption = None,
     seeds: SeedsOption = 1, n: NOption = 100, kept_n: KeptNOption = 20, attack_n: AttackNOption = 20,
-    seed: SeedOption = 0,
+    seed: SeedOption = 0, device: DeviceOption = "cpu", dtype: DtypeOption = None,
 ) -> None:  # fmt: skip
     """Measure what is left of a concept, what broke, and what attacks bring back; writes the evidence."""
-    opened = common.load(model)
+    opened = common.load(model, device, dtype)
     wanted = common.concepts_of(opened, concept, concept_file, kind, phrase, anchor)
     from ..edit import Edit
 
@@ -276,8 +280,8 @@ def _audit(
     )
     with common.quietly():
         evidence = run_audit(
-            model, edits, list(wanted), attacks=ids, original=common.load(original) if original else None,
-            never=common.load(never) if never else None, prompts=common.read_prompts(prompts) if prompts else None,
+            model, edits, list(wanted), attacks=ids, original=common.beside(original, model),
+            never=common.beside(never, model), prompts=common.read_prompts(prompts) if prompts else None,
             command=shlex.join(["expunge", *sys.argv[1:]]), **options,
         )  # fmt: skip
         written = evidence.save(out)
@@ -295,10 +299,10 @@ def run(
     anchor: AnchorOption = None, keep: KeepOption = None, preset: PresetOption = None, set_: SetOption = None,
     never: NeverOption = None, attacks: AttacksOption = "all", budget: BudgetOption = "world",
     prompts: PromptsOption = None, seeds: SeedsOption = 1, n: NOption = 100, kept_n: KeptNOption = 20,
-    attack_n: AttackNOption = 20, seed: SeedOption = 0,
+    attack_n: AttackNOption = 20, seed: SeedOption = 0, device: DeviceOption = "cpu", dtype: DtypeOption = None,
 ) -> None:  # fmt: skip
     """Erase, then audit: everything in one folder."""
-    opened = common.load(model)
+    opened = common.load(model, device, dtype)
     wanted = common.concepts_of(opened, concept, concept_file, kind, phrase, anchor)
     common.check_judge(opened)  # before an erasure that may take hours
     made = _erase(opened, wanted, method, preset, set_, keep, None, seed, out)

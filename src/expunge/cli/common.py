@@ -34,12 +34,38 @@ def quietly() -> Iterator[None]:
         yield
 
 
-def load(name: str) -> Model:
-    """Open a model without library chatter."""
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def load(name: str, device: str = "cpu", dtype: str | None = None) -> Model:
+    """Open a model without library chatter.
+
+    Raises:
+        SettingError: There is no such device here, or no such precision.
+    """
+    import torch
+
     from .. import models
 
+    if dtype is not None and dtype not in DTYPES:
+        raise SettingError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise SettingError(f"--device {device!r} is not to be had on this machine") from None
     with quietly():
-        return models.load(name)
+        return models.load(
+            name, device=device, dtype=None if dtype is None else getattr(torch, dtype)
+        )
+
+
+def beside(name: str | None, model: Model) -> Model | None:
+    """Another model, or ``None`` of none, in the precision and on the device of one that is open."""
+    if name is None:
+        return None
+    first = next(iter(model.tensors().values()))
+    dtype = str(first.dtype).removeprefix("torch.")
+    return load(name, str(first.device), dtype if dtype in DTYPES else None)
 
 
 def concepts_of(

@@ -9,6 +9,10 @@ import typer
 
 MODEL_HELP = "`world` (also `world/never`, `world/sibling`, `world/facts`), a folder, or a hub id."
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
+DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps, ...")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32, float16 or bfloat16; float32 is the default.")
+]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder that receives the results.")]
 EditOption = Annotated[
     list[Path] | None,

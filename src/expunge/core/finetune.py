@@ -69,10 +69,19 @@ def fit(
         ResumeMismatch: The folder holds a run with other settings.
         KeyboardInterrupt: After a checkpoint was written.
     """
-    groups = task.parameters()
+    groups, modules = task.parameters(), list(modules)
     check_groups(groups)
     with restored(groups, modules, loop.training) as before, torch.enable_grad():
-        return Session(task, loop, groups, seed, run, settings or {}, label, before).train()
+        return Session(
+            task, loop, groups, seed, run, settings or {}, label, before, _float16(groups, modules)
+        ).train()
+
+
+def _float16(groups: Groups, modules: Sequence[nn.Module]) -> bool:
+    """Whether gradients pass through float16: also where what trains is float32, as low-rank changes are."""
+    trained = [parameter for pairs in groups.values() for _, parameter in pairs]
+    own = [parameter for module in modules for parameter in module.parameters()]
+    return any(parameter.dtype == torch.float16 for parameter in (*trained, *own))
 
 
 def request(

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-__all__ = ["exchanged"]
+__all__ = ["exchanged", "without"]
 
 
 @functools.lru_cache(maxsize=256)
@@ -45,3 +45,9 @@ def exchanged(text: str, names: Sequence[str], instead: str) -> tuple[str, str |
 
     changed = _pattern(tuple(names)).sub(swap, text)
     return changed, found[0] if found else None
+
+
+def without(texts: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The texts that say none of the names."""
+    listed = tuple(dict.fromkeys(names))
+    return [text for text in texts if exchanged(text, listed, "")[1] is None]

@@ -202,7 +202,8 @@ class Alignment(finetune.Task):
 
     def _epsilon(self, points: trajectories.Trajectories, condition: Condition) -> Tensor:
         made = self.model.predict(points.latents, points.timesteps, condition)
-        return made.epsilon(points.latents)
+        # Squares of small differences vanish in half precision.
+        return made.epsilon(points.latents).float()
 
 
 def picked(points: trajectories.Trajectories, rows: Any) -> trajectories.Trajectories:

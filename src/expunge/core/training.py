@@ -25,7 +25,7 @@ from .tasks import Groups, Loop, Optimiser, Step, Task, Trained
 __all__ = ["Session", "check_groups", "restored"]
 
 HALF_SCALE = 256.0
-"""Loss scale for float16 weights: a power of two, so scaling and unscaling are exact."""
+"""Loss scale where float16 weights take part: a power of two, so scaling and unscaling are exact."""
 
 
 def check_groups(groups: Groups) -> None:
@@ -82,7 +82,7 @@ class _Group:
     """One parameter group: its parameters, float32 masters and optimiser."""
 
     def __init__(
-        self, name: str, pairs: list[tuple[str, nn.Parameter]], settings: Optimiser
+        self, name: str, pairs: list[tuple[str, nn.Parameter]], settings: Optimiser, half: bool
     ) -> None:
         self.name = name
         self.names = [n for n, _ in pairs]
@@ -93,7 +93,7 @@ class _Group:
             p if p.dtype in (torch.float32, torch.float64) else p.detach().float()
             for p in self.parameters
         ]
-        self.scale = HALF_SCALE if any(p.dtype == torch.float16 for p in self.parameters) else 1.0
+        self.scale = HALF_SCALE if half else 1.0
         self.optimiser = settings.build(list(self.masters))
 
     def update(self, gradients: list[torch.Tensor | None], rate: float) -> None:
@@ -146,10 +146,11 @@ class Session:
     def __init__(
         self, task: Task, loop: Loop, groups: Groups, seed: int,
         run: str | Path | None, settings: Mapping[str, Any], label: str, before: dict[str, torch.Tensor],
+        half: bool,
     ) -> None:  # fmt: skip
         self.task, self.loop, self.seed, self.label = task, loop, seed, label
         self.before = before
-        self.groups = [_Group(name, pairs, loop.of(name)) for name, pairs in groups.items()]
+        self.groups = [_Group(name, pairs, loop.of(name), half) for name, pairs in groups.items()]
         self.device = self.groups[0].parameters[0].device.type
         self.losses: dict[str, list[float]] = {name: [] for name in groups}
         self.done, self.resumed, self.stopped = 0, 0, False

@@ -62,6 +62,8 @@ class Triad:
         )
         opened, reason = open_never(concept, self.never, self.companions, self.opened)
         if opened is not None:
+            if self.opened is None:  # fresh from the world, which knows no device
+                opened.beside(self.model)
             self.opened = opened
             arms.append(Arm("never", opened, lift=True))
         else:

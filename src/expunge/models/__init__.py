@@ -49,7 +49,7 @@ def load(name: str | Path, *, dtype: Any = None, device: str = "cpu") -> Model:
     Args:
         name: ``world`` (also ``world/never``, ``world/sibling``, ``world/facts``) or another registered
             world, a folder, or a hub id. A folder of that name goes before a world.
-        dtype: torch dtype; the stored one, or float32 for worlds, when ``None``.
+        dtype: torch dtype; when ``None``, float32 for pipelines and worlds, the stored one for language models.
         device: Where to put it.
 
     Raises:
@@ -97,12 +97,13 @@ def _from_library(text: str, layout: str | None, dtype: Any, device: str) -> Mod
             from .language import open_language
 
             return _moved(open_language(text), dtype, device)
+        import torch
         from diffusers import DiffusionPipeline
 
         from .diffusion import DiffusionModel
 
         pipeline = DiffusionPipeline.from_pretrained(
-            text, torch_dtype=dtype, use_safetensors=True, **_absent(Path(text))
+            text, torch_dtype=dtype or torch.float32, use_safetensors=True, **_absent(Path(text))
         )
     except (OSError, ValueError, json.JSONDecodeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -218,6 +218,13 @@ class Model(ABC):
 
     # -- running -------------------------------------------------------------------------------
 
+    def beside(self, other: Model) -> Model:
+        """This model, moved to the device and into the precision of another one of its kind."""
+        theirs = next(iter(other.tensors().values()))
+        for module in self.parts().values():
+            module.to(device=theirs.device, dtype=theirs.dtype)
+        return self
+
     @abstractmethod
     def generate(
         self, prompts: str | Prompt | Sequence[str | Prompt], *, seeds: Any = None, **options: Any

@@ -16,6 +16,7 @@ from expunge.core.projections import Projections
 from expunge.core.token_policy import stream_pairs, stream_rows
 from expunge.erase.diffusion.mace import MACE, PLAIN, STYLED, _Suppression, timestep_weights
 from expunge.errors import InputError, NumericalError, SettingError, UnsupportedModel
+from expunge.method import Prompt
 from expunge.models.base import Companions, Pictures
 from expunge.testing import tiny_diffusion
 from expunge.testing.layouts import tiny_layout
@@ -276,6 +277,20 @@ def test_without_pictures_the_model_draws_them_and_a_world_gives_them(model):
     edit = MACE(**QUICK).erase(own, [STAR, SQUARE], seed=4)
     assert edit.manifest.report["pictures"] == {"star": "world", "square": "model"}
     assert asked == [("star", 2, 4, "development")] and edit.manifest.data_digest is not None
+
+
+def test_prompts_of_the_domain_do_not_name_what_is_erased():
+    own = tiny_diffusion()
+    own.companions = Companions(
+        "toy",
+        concept=lambda name: Concept(name),
+        prompts=lambda name, n, **_: [Prompt(f"a {name} star"), Prompt(f"a {name} square"), Prompt(f"{name} heart")],
+    )  # fmt: skip
+    method = MACE(
+        preserve_scale=1.0, domain_scale=1.0, context_prompts=3, templates=("a photo of {}",)
+    )
+    _, domain = method._preserved(own, [STAR], ["red"], CAPTIONS)
+    assert domain == ["red", "a photo of red", "a red square"]
 
 
 def test_what_does_not_fit_is_refused_in_words(model):

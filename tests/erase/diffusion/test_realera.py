@@ -285,6 +285,8 @@ def test_vocabulary_neighbours_are_erased_and_those_kept_are_named(model):
         "left out, as they are kept": [words[2]],
     }
     assert edit.manifest.report["pairs"] == 2 + 5
+    named = RealEra(**plain, vocabulary_neighbours=6).erase(model, STAR, keep=(f"a {words[2]} of",))
+    assert named.manifest.report["vocabulary"]["star"] == report
     near = RealEra(**plain).erase(model, STAR).manifest.report
     assert near["vocabulary"] == {} and set(near["mining"]["nearest_words"]) == {"star", "heart"}
     with pytest.raises(SettingError, match="cannot be larger"):

@@ -134,6 +134,14 @@ def test_safe_prompts_and_what_is_kept_join_the_preserved_texts(model):
     assert report["erase_rows"] == 2 * forms
 
 
+def test_a_safe_prompt_that_names_another_erased_concept_is_not_preserved(model):
+    method, circle = TRCE(stage2=False), Concept("circle", anchor="square")
+    forms = 1 + len(trce.TEMPLATES)
+    # The star's safe word is the circle, which is erased as well: only what replaces the circle stays.
+    report = edit_of(method, model, [STAR, circle]).manifest.report
+    assert (report["pairs"], report["own_texts"]) == (3 * forms, forms)
+
+
 def test_captions_come_as_texts_or_in_a_mapping_and_are_part_of_the_edit(model):
     one, two = (
         edit_of(TRCE(stage2=False), model, data=data) for data in (CAPTIONS, {"captions": CAPTIONS})

@@ -51,6 +51,7 @@ from ...core import examples, finetune
 from ...core.attention import AttentionNorms, need_cross_attention, token_columns
 from ...core.closed_form import Solution, ValueMoments
 from ...core.low_rank import LowRank
+from ...core.mentions import without
 from ...core.projections import (
     Projections,
     erased_pairs,
@@ -246,7 +247,7 @@ class MACE(Eraser):
         domain: list[str] = []
         if self.domain_scale:
             domain = kept_texts(keep, self._forms(concepts[0].kind))
-            domain += self._contexts(model, told)
+            domain += without(self._contexts(model, told), [n for c in concepts for n in c.names])
         if not general and not domain:
             raise SettingError(
                 f"{self.id}: preserve_scale is {self.preserve_scale:g}, but there is nothing to preserve; pass "

@@ -43,7 +43,7 @@ from ...concept import Concept, as_concepts
 from ...core import finetune
 from ...core.closed_form import Moments
 from ...core.low_rank import stored
-from ...core.mentions import exchanged
+from ...core.mentions import exchanged, without
 from ...core.neighbour_mining import SAMPLERS, Mining, Survey, free_rows, mine
 from ...core.noise_alignment import LAYERS, Alignment, need_rows
 from ...core.projections import Projections, edited_texts, guide_of, kept_texts, shared_edit
@@ -240,12 +240,12 @@ class RealEra(Eraser):
             told = [dataclasses.replace(concept, phrases=()) for concept in concepts]
         pairs, kept = edited_texts(self, model, told, keep)
         report: dict[str, Any] = {}
-        spared = {text.lower() for text in kept_texts(keep)}
+        spared = kept_texts(keep)
         for concept in told if known is not None and self.vocabulary_neighbours else ():
             assert known is not None
             guide = guide_of(concept, self.guide)
             near = known.nearest(concept.name, self.vocabulary_neighbours, leave=(guide,))
-            words = [word for word in near if word.lower() not in spared]
+            words = [word for word in near if without(spared, (word,)) == spared]
             report[concept.name] = {
                 "erased": words,
                 "left out, as they are kept": [w for w in near if w not in words],

@@ -52,7 +52,7 @@ import torch
 from torch import Tensor, nn
 
 from ...concept import Concept, as_concepts
-from ...core import examples, finetune, trajectories
+from ...core import examples, finetune, mentions, trajectories
 from ...core.closed_form import Moments
 from ...core.projections import (
     Projections,
@@ -295,7 +295,7 @@ class TRCE(Eraser):
                 "their place, which keeps less",
                 stacklevel=3,
             )
-        safe = [pair.replacing for pair in pairs]
+        safe = mentions.without([p.replacing for p in pairs], [str(p.keyword) for p in pairs])
         own = list(dict.fromkeys([*safe, *kept_texts(keep, self.templates)]))
         solved, rows = [], [0, 0]
         for group in Projections.groups(model):

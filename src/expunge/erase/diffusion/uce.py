@@ -34,6 +34,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+
 from ...concept import as_concepts
 from ...core.closed_form import ValueMoments
 from ...core.debias import Debias
@@ -193,17 +195,17 @@ class UCE(Eraser):
         """Moments of ``technique="tensor"``: one scalar ``s`` a pair and matrix, not a row."""
         moments = ValueMoments(projections.weights)
         for block in stream_pairs(projections.text, pairs, self.tokens):
-            sources = block.sources.double().cpu().split(block.sizes)
-            targets = block.targets.double().cpu().split(block.sizes)
+            sources = block.sources.to("cpu", torch.float64).split(block.sizes)
+            targets = block.targets.to("cpu", torch.float64).split(block.sizes)
             for c, g in zip(sources, targets, strict=True):
                 wished = {}
                 for name, weight in projections.weights.items():
-                    w = weight.double().cpu()
+                    w = weight.to("cpu", torch.float64)
                     concept, guide = c @ w.T, g @ w.T
                     unit = concept / concept.norm().clamp_min(1e-12)
                     wished[name] = guide - (unit * guide).sum() * unit
                 moments.erase(c, wished, self.erase_scale)
         for rows in stream_rows(projections.text, kept, self.tokens):
-            rows = rows.double().cpu()
+            rows = rows.to("cpu", torch.float64)
             moments.keep_moment(rows.T @ rows, len(rows), b)
         return moments
