@@ -8,9 +8,10 @@ from diffusers import PixArtSigmaPipeline, StableDiffusion3Pipeline
 
 import expunge
 from expunge import Concept
+from expunge.core.layer_choice import trainable
 from expunge.erase.diffusion.esd import ESD
 from expunge.erase.diffusion.uce import UCE
-from expunge.errors import MissingPart, UnsupportedModel
+from expunge.errors import UnsupportedModel
 from expunge.models import autoencoder
 from expunge.models.diffusion import DiffusionModel
 from expunge.testing import tiny_diffusion, tiny_layout
@@ -78,10 +79,18 @@ def test_pipelines_that_take_more_than_text_are_refused() -> None:
             DiffusionModel(pipeline)
 
 
-@pytest.mark.parametrize("name", ["pixart", "flux"])
-def test_esd_is_refused_where_its_layers_are_not_defined(name: str) -> None:
-    with pytest.raises(MissingPart, match="the choices are those of a UNet"):
-        ESD(steps=1).erase(tiny_layout(name), Concept("red star"))
+@pytest.mark.parametrize("name", ["sdxl", "pixart", "sana", "sd3", "flux"])
+def test_esd_learns_on_every_layout_and_leaves_the_model_alone(name: str) -> None:
+    model = tiny_layout(name)
+    before = {n: p.detach().clone() for n, p in model.tensors().items()}
+    method = ESD(steps=8, lr=3e-3, sampling_steps=3, batch=4, bank=4)
+    edit = method.erase(model, Concept("red star"), seed=1)
+    losses = edit.manifest.report["losses"]["denoiser"]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert all(torch.equal(p, before[n]) for n, p in model.tensors().items())
+    assert {t.name for t in edit.manifest.targets} <= {
+        n for n, _ in trainable(model, "cross-attention")
+    }
 
 
 def test_an_odd_size_of_flux_is_rounded_down_as_the_library_does() -> None:

@@ -131,13 +131,16 @@ class Alignment(finetune.Task):
             terms.append((near, y.repeat_interleave(each, 0), each))
         if rest and far is not None:
             each = method.step_beyond
-            wished = self.teacher(repeated(points, each), far)
+            wished = self.teacher(points.repeat(each), far)
             terms.append((far, wished, each))
         if not terms:
             terms.append((self.concept.select(points.which), y, 1))
-        latents = [repeated(points, each) for _, _, each in terms]
+        latents = [points.repeat(each) for _, _, each in terms]
         with self.student():
-            made = self._epsilon(joined(latents), Condition.concatenate([c for c, _, _ in terms]))
+            made = self._epsilon(
+                trajectories.Trajectories.concatenate(latents),
+                Condition.concatenate([c for c, _, _ in terms]),
+            )
         self.model.cost.add("denoiser", len(made), "backward")
         parts = made.split([len(wished) for _, wished, _ in terms])
         losses = [
@@ -155,7 +158,7 @@ class Alignment(finetune.Task):
         """``y`` of each point."""
         found = []
         for start in range(0, len(points.which), batch):
-            some = picked(points, slice(start, start + batch))
+            some = points.select(slice(start, start + batch))
             if self.method.target == "anchor":
                 found.append(self.teacher(some, self.anchor.select(some.which)))
                 continue
@@ -171,7 +174,7 @@ class Alignment(finetune.Task):
             return points, self.targets(points)
         points, targets = self.bank
         pick = torch.randint(len(targets), (count,), generator=step.generator("pick"))
-        return picked(points, pick), targets[pick]
+        return points.select(pick), targets[pick]
 
     def _walked(self, first: int, count: int) -> trajectories.Trajectories:
         """Points of the model with both changes as they are now."""
@@ -204,27 +207,6 @@ class Alignment(finetune.Task):
         made = self.model.predict(points.latents, points.timesteps, condition)
         # Squares of small differences vanish in half precision.
         return made.epsilon(points.latents).float()
-
-
-def picked(points: trajectories.Trajectories, rows: Any) -> trajectories.Trajectories:
-    """Some of the points."""
-    return trajectories.Trajectories(
-        points.latents[rows], points.timesteps[rows], points.which[rows]
-    )
-
-
-def repeated(points: trajectories.Trajectories, each: int) -> trajectories.Trajectories:
-    """Each point ``each`` times in a row."""
-    return picked(points, torch.arange(len(points.which)).repeat_interleave(each))
-
-
-def joined(parts: Sequence[trajectories.Trajectories]) -> trajectories.Trajectories:
-    """Points of several draws, one after another."""
-    return trajectories.Trajectories(
-        torch.cat([p.latents for p in parts]),
-        torch.cat([p.timesteps for p in parts]),
-        torch.cat([p.which for p in parts]),
-    )
 
 
 def _fixed(model: DiffusionModel, stage: Edit) -> LowRank:

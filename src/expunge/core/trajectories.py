@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,23 @@ class Trajectories:
     latents: Tensor
     timesteps: Tensor
     which: Tensor
+
+    def select(self, rows: Any) -> Trajectories:
+        """Some of the points, by slice, list or index tensor."""
+        return Trajectories(self.latents[rows], self.timesteps[rows], self.which[rows])
+
+    def repeat(self, each: int) -> Trajectories:
+        """Each point ``each`` times in a row."""
+        return self.select(torch.arange(len(self.which)).repeat_interleave(each))
+
+    @staticmethod
+    def concatenate(parts: Sequence[Trajectories]) -> Trajectories:
+        """Points of several draws, one after another."""
+        return Trajectories(
+            torch.cat([p.latents for p in parts]),
+            torch.cat([p.timesteps for p in parts]),
+            torch.cat([p.which for p in parts]),
+        )
 
 
 def draw(
@@ -92,11 +110,7 @@ def draw(
             towards, weight = model.with_guidance(towards, guidance), 1.0
         latents = _walk(model, sampler, towards, noise, stops[depths], weight)
         parts.append(Trajectories(latents, whole.times.cpu()[stops[depths]], which))
-    return Trajectories(
-        torch.cat([p.latents for p in parts]),
-        torch.cat([p.timesteps for p in parts]),
-        torch.cat([p.which for p in parts]),
-    )
+    return Trajectories.concatenate(parts)
 
 
 @torch.no_grad()

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from expunge.concept import Concept
-from expunge.core import trajectories
-from expunge.erase.diffusion.esd import ESD, _Push, trainable
+from expunge.core import scores, trajectories
+from expunge.core.layer_choice import trainable
+from expunge.erase.diffusion.esd import ESD, LAYERS, _Push
 from expunge.errors import SettingError
 from expunge.testing import tiny_diffusion
 
@@ -17,14 +18,19 @@ def model():
     return tiny_diffusion()
 
 
+def banked(task):
+    points, answers = task.points.bank
+    return points, answers["target"]
+
+
 def test_layer_choices_split_the_denoiser_and_never_train_norms(model):
-    inside = {n for n, _ in trainable(model, "esd-x")}
-    outside = {n for n, _ in trainable(model, "esd-u")}
-    strict = {n for n, _ in trainable(model, "esd-x-strict")}
+    inside = {n for n, _ in trainable(model, LAYERS["esd-x"])}
+    outside = {n for n, _ in trainable(model, LAYERS["esd-u"])}
+    strict = {n for n, _ in trainable(model, LAYERS["esd-x-strict"])}
     assert strict < inside
     assert strict == set(model.text_projections())
     assert inside.isdisjoint(outside)
-    assert inside | outside == {n for n, _ in trainable(model, "esd-all")}
+    assert inside | outside == {n for n, _ in trainable(model, LAYERS["esd-all"])}
     assert not any("norm" in name for name in inside | outside)
     assert any("conv_in" in name for name in outside)
     assert any("time_emb" in name for name in outside)
@@ -32,27 +38,27 @@ def test_layer_choices_split_the_denoiser_and_never_train_norms(model):
 
 def test_eta_one_makes_the_target_the_unconditional_prediction(model):
     task = _Push(ESD(eta=1.0, sampling_steps=4, bank=3), model, (STAR,), 0)
-    points, targets = task.bank
+    points, targets = banked(task)
     with torch.no_grad():
-        empty = task._epsilon(points, task.empty.repeat(3))
+        empty = scores.epsilon(model, points, task.empty.repeat(3))
     torch.testing.assert_close(targets, empty, atol=1e-5, rtol=1e-4)
 
 
 def test_eta_zero_leaves_the_prediction_where_it_was(model):
     task = _Push(ESD(eta=0.0, sampling_steps=4, bank=3), model, (STAR,), 0)
-    points, targets = task.bank
+    points, targets = banked(task)
     with torch.no_grad():
-        own = task._epsilon(points, task.concept.select(points.which))
+        own = scores.epsilon(model, points, task.concept.select(points.which))
     torch.testing.assert_close(targets, own)
 
 
 def test_paper_convention(model):
     """eps(0) - eta' (eps(c) - eps(0)) equals the target at eta = eta' + 1."""
     task = _Push(ESD(eta=3.5, sampling_steps=4, bank=2), model, (STAR,), 0)
-    points, targets = task.bank
+    points, targets = banked(task)
     with torch.no_grad():
-        empty = task._epsilon(points, task.empty.repeat(2))
-        concept = task._epsilon(points, task.concept.select(points.which))
+        empty = scores.epsilon(model, points, task.empty.repeat(2))
+        concept = scores.epsilon(model, points, task.concept.select(points.which))
     torch.testing.assert_close(targets, empty - 2.5 * (concept - empty), atol=1e-5, rtol=1e-4)
 
 
@@ -87,7 +93,9 @@ def test_erase_moves_the_prediction_to_the_target_and_leaves_the_model_alone(mod
     assert not any(p.requires_grad for p in model.tensors().values())
     losses = edit.manifest.report["losses"]["denoiser"]
     assert sum(losses[-4:]) < sum(losses[:4])
-    assert {t.name for t in edit.manifest.targets} <= {n for n, _ in trainable(model, "esd-x")}
+    assert {t.name for t in edit.manifest.targets} <= {
+        n for n, _ in trainable(model, LAYERS["esd-x"])
+    }
     again = method.erase(model, STAR, seed=1)
     assert again == edit
     assert method.erase(model, STAR, seed=2) != edit

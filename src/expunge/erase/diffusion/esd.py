@@ -33,48 +33,25 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...concept import Concept, as_concepts
-from ...core import finetune, trajectories
+from ...core import finetune, scores
+from ...core.layer_choice import trainable
+from ...core.trajectories import Trajectories
 from ...edit import Edit
-from ...errors import MissingPart
 from ...method import Eraser, Judge, setting
 from ...models.diffusion import DiffusionModel
-from ...models.types import Condition
 
-__all__ = ["ESD", "trainable"]
+__all__ = ["ESD"]
 
-LAYERS = ("esd-x", "esd-x-strict", "esd-u", "esd-all")
-
-
-def trainable(model: DiffusionModel, layers: str) -> list[tuple[str, nn.Parameter]]:
-    """Canonical names and parameters that a choice of layers trains.
-
-    Raises:
-        MissingPart: The choice selects nothing in this denoiser.
-    """
-    modules = {
-        f"unet.{name}"
-        for name, m in model.denoiser.named_modules()
-        if isinstance(m, (nn.Linear, nn.Conv2d))
-    }
-    wanted = {
-        "esd-x": lambda name: ".attn2." in name,
-        "esd-x-strict": lambda name: name.endswith((".attn2.to_k", ".attn2.to_v")),
-        "esd-u": lambda name: ".attn2." not in name,
-        "esd-all": lambda name: True,
-    }[layers]
-    chosen = [
-        (name, parameter)
-        for name, parameter in model.tensors().items()
-        if (module := name.rpartition(".")[0]) in modules and wanted(module)
-    ]
-    if not chosen:
-        raise MissingPart(
-            f"{model.name}: layers={layers!r} selects nothing in this denoiser; the choices are those of a UNet"
-        )
-    return chosen
+LAYERS = {
+    "esd-x": "cross-attention",
+    "esd-x-strict": "cross-attention-kv",
+    "esd-u": "other",
+    "esd-all": "all",
+}
+"""The paper's names of the choices of :mod:`expunge.core.layer_choice`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +76,7 @@ class ESD(Eraser):
         },
     }  # fmt: skip
 
-    layers: str = setting("esd-x", "which modules train", choices=LAYERS)
+    layers: str = setting("esd-x", "which modules train", choices=tuple(LAYERS))
     eta: float = setting(2.0, "strength of the push; the paper's eta' + 1", minimum=0)
     steps: int = setting(1000, "optimiser steps", minimum=1)
     lr: float = setting(1e-5, "learning rate of Adam", minimum=0)
@@ -148,74 +125,33 @@ class _Push(finetune.Task):
     def __init__(
         self, method: ESD, model: DiffusionModel, concepts: Sequence[Concept], seed: int
     ) -> None:
-        self.method, self.model, self.seed = method, model, seed
-        self.texts = [t for c in concepts for t in (c.names if method.phrases else (c.name,))]
+        self.method, self.model = method, model
+        texts = [t for c in concepts for t in (c.names if method.phrases else (c.name,))]
+        towards = [method.erase_from] * len(texts) if method.erase_from is not None else texts
         with torch.no_grad():
-            self.concept = model.encode(self.texts).detach()
-            self.source = self.concept
-            if method.erase_from is not None:
-                self.source = model.encode([method.erase_from] * len(self.texts)).detach()
+            self.concept = model.encode(texts).detach()
+            self.source = model.encode(towards).detach()
             self.empty = model.unconditional().detach()
-        self.bank: tuple[trajectories.Trajectories, Tensor] | None = None
-        if method.bank is not None:
-            points = self._points(0, method.bank)
-            self.bank = points, self._targets(points)
+        self.points = scores.PointSource(
+            model, towards, steps=method.sampling_steps, guidance=method.guidance, seed=seed,
+            batch=method.batch, bank=method.bank, answer=self.target,
+        )  # fmt: skip
 
     def parameters(self) -> finetune.Groups:
-        return {"denoiser": trainable(self.model, self.method.layers)}
+        return {"denoiser": trainable(self.model, LAYERS[self.method.layers])}
 
     def step(self, step: finetune.Step) -> dict[str, Tensor]:
         """Mean squared distance of the prediction from the teacher's target."""
-        if self.bank is None:
-            first = step.index * self.method.batch
-            with step.original():
-                points = self._points(first, self.method.batch)
-                target = self._targets(points)
-        else:
-            everything, targets = self.bank
-            pick = torch.randint(
-                len(targets), (self.method.batch,), generator=step.generator("pick")
-            )
-            points = trajectories.Trajectories(
-                everything.latents[pick], everything.timesteps[pick], everything.which[pick]
-            )
-            target = targets[pick]
-        made = self._epsilon(points, self.source.select(points.which))
-        self.model.cost.add("denoiser", len(target), "backward")
-        return {"denoiser": (made - target).square().mean()}
+        points, answers = self.points.at(step)
+        made = scores.epsilon(self.model, points, self.source.select(points.which))
+        self.model.cost.add("denoiser", len(made), "backward")
+        return {"denoiser": (made - answers["target"]).square().mean()}
 
-    def _points(self, first: int, count: int) -> trajectories.Trajectories:
-        towards = self.texts
-        if self.method.erase_from is not None:
-            towards = [self.method.erase_from] * len(self.texts)
-        return trajectories.draw(
-            self.model,
-            towards,
-            count,
-            steps=self.method.sampling_steps,
-            guidance=self.method.guidance,
-            seed=self.seed,
-            first=first,
-        )
-
-    @torch.no_grad()
-    def _targets(self, points: trajectories.Trajectories, batch: int = 64) -> Tensor:
+    def target(self, points: Trajectories) -> dict[str, Tensor]:
         """``eps_o(f) - eta (eps_o(c) - eps_o(0))`` of each point, frozen model."""
-        found = []
-        for start in range(0, len(points.which), batch):
-            part = slice(start, start + batch)
-            some = trajectories.Trajectories(
-                points.latents[part], points.timesteps[part], points.which[part]
-            )
-            concept = self._epsilon(some, self.concept.select(some.which))
-            empty = self._epsilon(some, self.empty.repeat(len(some.which)))
-            source = concept
-            if self.method.erase_from is not None:
-                source = self._epsilon(some, self.source.select(some.which))
-            found.append(source - self.method.eta * (concept - empty))
-        return torch.cat(found)
-
-    def _epsilon(self, points: trajectories.Trajectories, condition: Condition) -> Tensor:
-        return self.model.predict(points.latents, points.timesteps, condition).epsilon(
-            points.latents
-        )
+        conditions = [self.concept.select(points.which), self.empty]
+        if self.method.erase_from is not None:
+            conditions.append(self.source.select(points.which))
+        concept, empty, *source = scores.asked(self.model, points, conditions)
+        start = source[0] if source else concept
+        return {"target": start - self.method.eta * (concept - empty)}
