@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 
 from expunge import Concept, audit
 from expunge.errors import InputError
-from expunge.evidence import Evidence
+from expunge.evidence import Evidence, plots
 from expunge.evidence.gallery import Gallery, Shown, png
 from expunge.method import Prompt
 
@@ -99,6 +100,39 @@ def test_hostile_texts_are_shown_and_do_nothing(tmp_path: Path) -> None:
     for text in HOSTILE[:6]:
         assert text in said, text
     assert "49" not in [word.strip("\u201c\u201d") for word in said.split()]
+
+
+def trained(report: dict) -> Evidence:
+    model, change, _ = triad()
+    manifest = change.manifest.model_copy(update={"report": report})
+    return audit(
+        model, [dataclasses.replace(change, manifest=manifest)], STAR, attacks=[], n=2, kept_n=1, cache=None
+    )  # fmt: skip
+
+
+def test_a_trained_edit_shows_its_losses(tmp_path: Path) -> None:
+    losses = {"denoiser": [1.0, 0.5, 0.2, 0.1], "discriminator": [None, 0.7, 0.6, 0.7]}
+    found = trained({"losses": losses, "losses_every": 2})
+    text = found.report(tmp_path / "r.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert_inert(page)
+    assert "Training of stub-eraser" in " ".join(page.text)
+    assert "at the end: denoiser 0.1, discriminator 0.7" in text
+    shown = plots.loss_plot({"losses": losses, "losses_every": 2})
+    assert shown is not None and "denoiser" in shown and "discriminator" in shown
+    assert plots.loss_plot({"losses": {"denoiser": [1.0]}}) is None  # one step is no curve
+    assert "Training of" not in trained({}).report(tmp_path / "s.html").read_text(encoding="utf-8")
+
+
+def test_hostile_losses_do_nothing(tmp_path: Path) -> None:
+    values = {text: [1.0, 2.0, "x", None, True] for text in HOSTILE[:3]}
+    for report in (
+        {"losses": values, "losses_every": "</svg>"},
+        {"losses": [1]},
+        {"losses": {"a": 3}},
+    ):
+        text = trained(report).report(tmp_path / "r.html").read_text(encoding="utf-8")
+        assert_inert(Page(text))
 
 
 def test_the_check_for_inert_pages_can_fail() -> None:

@@ -1,4 +1,4 @@
-"""Two plots as inline SVG: what happened to kept concepts, and what each attack brought back.
+"""Plots as inline SVG: what happened to kept concepts, what each attack brought back, how training went.
 
 Text stays text, so that it can be read aloud, searched and enlarged.  What is black in a figure
 becomes ``currentColor``, so that one picture is legible on light and on dark pages.
@@ -7,12 +7,14 @@ becomes ``currentColor``, so that one picture is legible on light and on dark pa
 from __future__ import annotations
 
 import io
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from .schema import ARMS, ConceptFields
 
-__all__ = ["COLOURS", "attack_plot", "kept_plot"]
+__all__ = ["COLOURS", "attack_plot", "kept_plot", "loss_plot"]
 
 COLOURS = {"original": "#3b7dd8", "erased": "#d9622b", "never": "#3f9b62"}
 MARKERS = {"original": "o", "erased": "D", "never": "^"}
@@ -65,6 +67,65 @@ def attack_plot(fields: ConceptFields) -> str | None:
             )
         )
     return _rates(rows, "attacks", "share of attacked prompts that show the concept")
+
+
+def loss_plot(report: Mapping[str, Any]) -> str | None:
+    """The losses of a training, group by group, as an edit's manifest reports them; ``None`` without any.
+
+    Each step as a faint line, their running mean (a twentieth of the steps) as a strong one.
+    """
+    curves = _losses(report.get("losses"))
+    if not curves:
+        return None
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    every = report.get("losses_every")
+    every = every if isinstance(every, int) and every > 0 else 1
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "losses"}):
+        figure = Figure(figsize=(4.9, 0.4 + 1.15 * len(curves)), layout="constrained")
+        FigureCanvasSVG(figure)
+        for axes, (group, points) in zip(
+            figure.subplots(len(curves), squeeze=False, sharex=True)[:, 0], curves.items(), strict=True
+        ):
+            steps = [1 + every * index for index, _ in points]
+            values = [value for _, value in points]
+            axes.plot(steps, values, color=COLOURS["original"], linewidth=0.7, alpha=0.4)
+            axes.plot(steps, _smooth(values), color=COLOURS["original"], linewidth=1.6)
+            axes.set_title(_short(group), loc="left", fontsize=9).set_parse_math(False)
+            if min(values) > 0 and max(values) > 30 * min(values):
+                axes.set_yscale("log")
+            axes.spines["left"].set_visible(True)
+        axes.set_xlabel("step")
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    return _inline(stream.getvalue())
+
+
+def _losses(found: Any, most: int = 4) -> dict[str, list[tuple[int, float]]]:
+    """Group -> (place, loss) of the steps in which it had one; a file's own text is not trusted."""
+    if not isinstance(found, Mapping):
+        return {}
+    curves = {
+        str(group): [
+            (index, float(value))
+            for index, value in enumerate(values[:5000])
+            if isinstance(value, (int, float)) and math.isfinite(value)
+        ]
+        for group, values in list(found.items())[:most]
+        if isinstance(values, list)
+    }
+    return {group: points for group, points in curves.items() if len(points) > 1}
+
+
+def _smooth(values: list[float]) -> list[float]:
+    width = max(1, len(values) // 20)
+    means, total = [], 0.0
+    for index, value in enumerate(values):
+        total += value - (values[index - width] if index >= width else 0.0)
+        means.append(total / min(index + 1, width))
+    return means
 
 
 def _rates(rows: list[tuple[str, dict[str, Any], dict[str, Any]]], salt: str, label: str) -> str:

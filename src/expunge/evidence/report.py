@@ -90,10 +90,25 @@ def _concept(
         "numbers": _numbers(fields, arms), "single": _single(fields),
         "stages": [{"name": s.name, "seconds": f"{s.seconds:.1f}", "peak": _bytes(s.peak_bytes), "cost": _cost(s.cost)}
                    for s in fields.stages],
-        "manifests": [{"method": m.get("method", "edit"), "json": json.dumps(m, indent=1, ensure_ascii=False)}
-                      for m in (fields.edit.manifests if fields.edit else [])],
+        "manifests": [_manifest(m, markup) for m in (fields.edit.manifests if fields.edit else [])],
         "protocols": sorted(fields.protocols.items()), "reasons": sorted(fields.reasons.items()),
     }  # fmt: skip
+
+
+def _manifest(manifest: dict[str, Any], markup: Any) -> dict[str, Any]:
+    report = manifest.get("report") or {}
+    curve, last = plots.loss_plot(report), []
+    if curve is not None:
+        for group, values in report["losses"].items():
+            told = (
+                [v for v in values if isinstance(v, (int, float))]
+                if isinstance(values, list)
+                else []
+            )
+            last += [f"{group} {_number(told[-1])}"] if told else []
+    return {"method": manifest.get("method", "edit"), "json": json.dumps(manifest, indent=1, ensure_ascii=False),
+            "losses": markup(curve) if curve else None,
+            "losses_alt": f"Loss of the training steps; at the end: {', '.join(last)}"}  # fmt: skip
 
 
 def _row(shown: Shown) -> dict[str, Any]:
