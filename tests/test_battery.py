@@ -11,9 +11,11 @@ import torch
 
 from expunge import catalogue
 from expunge.concept import as_concepts
+from expunge.core import finetune
 from expunge.edit import Edit
 from expunge.method import Eraser, setting
 from expunge.testing import check_method, checks_for
+from expunge.testing.resuming import a_killed_run_resumes_to_the_same_edit
 
 METHODS = [s.id for verb in ("erase", "attack") for s in catalogue.implemented(verb)]
 CASES = [(i, n, c) for i in METHODS for n, c in checks_for(catalogue.resolve(i))]
@@ -91,3 +93,41 @@ def test_the_battery_notices(fault):
 def test_the_battery_notices_a_source_that_the_docstring_does_not_name():
     with pytest.raises(AssertionError, match="docstring names the source"):
         check_method(variant(source="arXiv 9999.99999"))
+
+
+class Count(finetune.Task):
+    """One matrix follows a target that grows with a count of the steps."""
+
+    def __init__(self, model, remembers):
+        self.model, self.remembers, self.count = model, remembers, 0
+
+    def parameters(self):
+        name = self.model.text_projections()[0]
+        return {"weights": [(name, self.model.tensor(name))]}
+
+    def step(self, step):
+        self.count += 1
+        [(_, weight)] = self.parameters()["weights"]
+        return {"weights": (weight - self.count).square().mean()}
+
+    def state(self):
+        return {"count": torch.tensor(self.count)} if self.remembers else {}
+
+    def restore(self, state):
+        self.count = int(state.get("count", 0))
+
+
+@pytest.mark.parametrize("remembers", [True, False])
+def test_the_battery_notices_a_run_that_resumes_to_another_edit(remembers):
+    def erase(self, model, concepts, *, keep=(), data=None, judge=None, seed=0, run=None):
+        task, loop = Count(model, remembers), finetune.Loop(4, finetune.Optimiser(1e-2))
+        return finetune.train_edit(
+            self, model, as_concepts(concepts), task, loop, seed=seed, keep=keep, run=run
+        )
+
+    method = variant(erase=erase)
+    if remembers:
+        a_killed_run_resumes_to_the_same_edit(method)
+        return
+    with pytest.raises(AssertionError, match="gave another edit"):
+        a_killed_run_resumes_to_the_same_edit(method)

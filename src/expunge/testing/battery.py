@@ -26,6 +26,7 @@ from ..errors import ExpungeError, SettingError, UnsupportedModel
 from ..method import Attack, Attempts, Eraser, Method
 from ..models.base import Model
 from . import bench as on
+from .resuming import a_killed_run_resumes_to_the_same_edit
 
 __all__ = ["check_method", "checks_for"]
 
@@ -313,6 +314,7 @@ ERASER = (
     erase_returns_an_edit_with_its_provenance, same_seed_gives_an_equal_edit, edits_survive_saving,
     apply_and_revert_are_bit_exact, bad_concepts_are_refused, nothing_is_left_behind_after_success,
     nothing_is_left_behind_with_gradients_off, nothing_is_left_behind_by_a_raising_model,
+    a_killed_run_resumes_to_the_same_edit,
 )  # fmt: skip
 
 
