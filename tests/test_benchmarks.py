@@ -37,6 +37,30 @@ def closed_form() -> Iterator[ModuleType]:
     yield from loaded("closed_form")
 
 
+@pytest.fixture(scope="module")
+def finetuning() -> Iterator[ModuleType]:
+    yield from loaded("finetuning")
+
+
+def test_fine_tunes_run_the_passes_that_were_counted_by_hand(finetuning, tmp_path, capsys):
+    tiny_diffusion().pipeline.save_pretrained(tmp_path / "tiny")
+    file = tmp_path / "finetuning.json"
+    finetuning.main(["--model", str(tmp_path / "tiny"), "--quick", "--out", str(file)])
+    found = json.loads(file.read_text())
+    assert set(found["over_floor"]) == set(finetuning.WORKS)
+    said = capsys.readouterr().out
+    for id, one in found["arms"].items():
+        rows = one["rows"]
+        assert rows["trained_counted"] == rows["trained_needed"], id
+        # Depths are random: a short bank may walk twice the mean, or almost nothing.
+        assert (
+            0.3 * rows["forward_needed"] <= rows["forward_counted"] <= 2 * rows["forward_needed"]
+        ), id
+        assert one["over_floor"] > 0 and f"{id}: over_floor" in said
+    with pytest.raises(SystemExit):
+        finetuning.arguments(["--methods", "no-such"])
+
+
 def test_a_small_run_writes_ratios_and_counts(sampling, tmp_path, capsys):
     tiny_diffusion().pipeline.save_pretrained(tmp_path / "tiny")
     file = tmp_path / "sampling.json"

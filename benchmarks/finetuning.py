@@ -1,0 +1,263 @@
+"""Fine-tuning erasers against the passes they need, and against the schedule of their published code.
+
+    python benchmarks/finetuning.py                 # every method below, on one quiet core; writes JSON
+    python benchmarks/finetuning.py --methods esd   # some of them
+    python benchmarks/finetuning.py --quick         # seconds; shows that it runs, writes nothing without --out
+
+Two ratios, each taken within a round, the median over rounds:
+
+    over_floor      our processor seconds over the counted floor: the forward passes without gradients and the
+                    passes with gradients that the algorithm needs, counted by hand in ``FLOORS`` from its equations,
+                    times what the bare UNet takes for such a row at its best number of rows a pass.  Target: 1.2
+    over_published  a plain loop of the published schedule (one point a step, a walk of its own for each point with
+                    both branches of guidance in one pass, every teacher asked by itself, nothing kept) over ours, for
+                    as many trained points.  Target: 2, where the schedule wastes passes
+
+What our own counter says was run is recorded beside the count by hand: more rows than needed is waste, fewer would
+mean that a count is wrong.  Methods run under their preset for the world with fewer steps; time does not depend on what
+weights say.  Seconds are processor seconds; ratios do not depend on the machine much, seconds do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expunge import Concept, catalogue, load
+from expunge.core.layer_choice import trainable
+from expunge.models.diffusion import DiffusionModel
+from expunge.testing.bench import interleaved, machine, publish
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = {"over_floor": 1.2, "over_published": 2.0}
+STAR = Concept("star", phrases=("pentagram", "asterisk"), anchor="circle")
+QUICK = {"rounds": 1, "rows": (2, 4), "points": 2, "scale": 20}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one method needs.
+
+    Attributes:
+        settings: Changes to the preset for the world, for a short run.
+        layers: What trains, in the words of :func:`trainable`.
+        forward: Rows without gradients that the equations need, given the method.
+        trained: Rows with gradients.
+        walk: Guided steps of a point's walk in the published schedule, on average; 0 where points are noised pictures.
+        guided: The walk runs both branches.
+        asked: Teacher predictions of one point in the published schedule.
+        students: Student predictions of one point in the published schedule.
+    """
+
+    settings: Mapping[str, Any]
+    layers: str
+    forward: Callable[[Any], float]
+    trained: Callable[[Any], float]
+    walk: Callable[[Any], float]
+    guided: bool = True
+    asked: int = 2
+    students: int = 1
+
+
+def depth(method: Any) -> float:
+    """Guided steps before a point, on average over ``k ~ U{0, ..., S - 1}``."""
+    return float(method.sampling_steps - 1) / 2
+
+
+WORKS: dict[str, Work] = {
+    # Each point of the bank: its walk with both branches, eps(c) and eps(0).
+    "esd": Work(
+        {"steps": 60, "bank": 64}, "other",
+        forward=lambda m: m.bank * (2 * depth(m) + 2), trained=lambda m: m.steps * m.batch, walk=depth,
+    ),
+}  # fmt: skip
+
+
+# -- what a row costs ---------------------------------------------------------------------------------
+
+
+def rows_of(model: DiffusionModel, rows: int) -> tuple[Any, ...]:
+    """Latents, timesteps and condition of some rows."""
+    noise = model.initial_noise(range(rows), "benchmark")
+    return noise, torch.full((rows,), 500), model.encode(["a star"] * rows)
+
+
+def frozen(model: DiffusionModel, rows: int, total: int) -> None:
+    """The bare denoiser without gradients."""
+    asked = rows_of(model, rows)
+    with torch.no_grad():
+        for _ in range(max(1, total // rows)):
+            model.layout.predict(*asked)
+
+
+def student(model: DiffusionModel, layers: str, rows: int, total: int) -> None:
+    """The bare denoiser forward and backward to what a method trains."""
+    asked, chosen = rows_of(model, rows), [p for _, p in trainable(model, layers)]
+    before = [p.requires_grad for p in chosen]
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    try:
+        for _ in range(max(1, total // rows)):
+            loss = model.layout.predict(*asked).square().mean()
+            torch.autograd.grad(loss, chosen, allow_unused=True)
+    finally:
+        for parameter, flag in zip(chosen, before, strict=True):
+            parameter.requires_grad_(flag)
+
+
+# -- the published schedule ----------------------------------------------------------------------------
+
+
+def published(model: DiffusionModel, work: Work, method: Any, points: int) -> None:
+    """Plain steps of one point each; what the numbers say does not matter, only what is run."""
+    chosen = [p for _, p in trainable(model, work.layers)]
+    before = [(p.requires_grad, p.detach().clone()) for p in chosen]
+    for parameter in chosen:
+        parameter.requires_grad_(True)
+    optimiser = torch.optim.Adam(chosen, lr=1e-8)
+    one, depths = rows_of(model, 1), work.walk(method)
+    two = rows_of(model, 2)
+    try:
+        for point in range(points):
+            with torch.no_grad():
+                # Depths alternate around the mean so that few points stand for many.
+                steps = round(depths * (0.5 + (point + 0.5) / points))
+                for _ in range(steps):
+                    model.layout.predict(*(two if work.guided else one))
+                for _ in range(work.asked):
+                    model.layout.predict(*one)
+            loss = sum(model.layout.predict(*one).square().mean() for _ in range(work.students))
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[union-attr]
+            optimiser.step()
+    finally:
+        with torch.no_grad():
+            for parameter, (flag, value) in zip(chosen, before, strict=True):
+                parameter.copy_(value)
+                parameter.requires_grad_(flag)
+                parameter.grad = None
+
+
+# -- a method ------------------------------------------------------------------------------------------
+
+
+def built(id: str, work: Work, scale: int) -> Any:
+    """The method under its preset for the world, shortened; ``scale`` divides steps and bank."""
+    short = {
+        name: max(2, value // scale) if name in ("steps", "bank") and value else value
+        for name, value in work.settings.items()
+    }
+    return catalogue.resolve(id).configured("world", **short)
+
+
+def measured(model: DiffusionModel, id: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Ratios and counts of one method."""
+    work = WORKS[id]
+    method = built(id, work, options.scale)
+    total = max(options.rows)
+    works: dict[str, Callable[[], Any]] = {
+        "ours": lambda: method.erase(model, STAR, keep=("circle",), seed=0),
+        "published": functools.partial(published, model, work, method, options.points),
+    }
+    for rows in options.rows:
+        works[f"frozen {rows}"] = functools.partial(frozen, model, rows, total)
+        works[f"student {rows}"] = functools.partial(student, model, work.layers, rows, total)
+    forward, trained = work.forward(method), work.trained(method)
+    ratios: dict[str, list[float]] = {name: [] for name in TARGETS}
+    counted: dict[str, int] = {}
+    for number, one in enumerate(interleaved(works, options.rounds), 1):
+        best = {
+            kind: min(one[f"{kind} {rows}"][0] / (max(1, total // rows) * rows) for rows in options.rows)
+            for kind in ("frozen", "student")
+        }  # fmt: skip
+        seconds, edit = one["ours"]
+        counted = {
+            side: edit.manifest.cost.get(f"denoiser.{side}", 0) for side in ("forward", "backward")
+        }
+        floor = forward * best["frozen"] + trained * best["student"]
+        ratios["over_floor"].append(seconds / floor)
+        points = trained / work.students
+        ratios["over_published"].append(one["published"][0] / options.points * points / seconds)
+        print(f"{id}, round {number}: {({k: round(v[-1], 2) for k, v in ratios.items()})}", flush=True)  # fmt: skip
+    median = {name: statistics.median(found) for name, found in ratios.items()}
+    return {
+        **median,
+        "target_met": {
+            "over_floor": median["over_floor"] <= TARGETS["over_floor"],
+            "over_published": median["over_published"] >= TARGETS["over_published"],
+        },
+        "rows": {
+            "forward_needed": forward, "forward_counted": counted["forward"] - counted["backward"],
+            "trained_needed": trained, "trained_counted": counted["backward"],
+        },
+        "settings": {k: getattr(method, k) for k in work.settings},
+        "rounds": ratios,
+    }  # fmt: skip
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """All methods asked for."""
+    model = load(options.model)
+    if not isinstance(model, DiffusionModel):
+        raise SystemExit(f"{options.model}: a text-to-image pipeline is needed")
+    found = {id: measured(model, id, options) for id in options.methods}
+    return {
+        "benchmark": "finetuning",
+        "setting": {
+            "model": Path(model.name).name, "rounds": options.rounds, "published_points": options.points,
+            "rows": list(options.rows), "targets": TARGETS, "quick": options.quick, **machine(options.threads),
+        },
+        **{
+            ratio: {id: one[ratio] for id, one in found.items()} for ratio in TARGETS
+        },
+        "target_met": {id: one["target_met"] for id, one in found.items()},
+        "arms": found,
+    }  # fmt: skip
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; ``--quick`` makes everything small and writes nothing unless told where."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="world", help="`world`, or a folder of a pipeline")
+    parser.add_argument("--methods", default=",".join(WORKS), help="ids, joined by commas")
+    parser.add_argument("--points", type=int, default=12, help="points of the published schedule")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds; medians are taken over them")
+    parser.add_argument("--threads", type=int, default=1, help="threads; their seconds add up")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke run: its numbers mean nothing"
+    )
+    parser.add_argument("--out", type=Path, help="where to write, default results/benchmarks")
+    parser.set_defaults(rows=(16, 32, 64), scale=1)
+    options = parser.parse_args(given)
+    options.methods = [id.strip() for id in options.methods.split(",") if id.strip()]
+    unknown = [id for id in options.methods if id not in WORKS]
+    if unknown:
+        parser.error(f"{unknown[0]!r} has no count of passes here; there are: {', '.join(WORKS)}")
+    if options.quick:
+        vars(options).update(QUICK)
+    elif options.out is None:
+        options.out = ROOT / "results" / "benchmarks" / "finetuning.json"
+    return options
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Measure, write, and say of each ratio whether it met the target."""
+    options = arguments(given)
+    torch.set_num_threads(options.threads)
+    result = measure(options)
+    publish(result, options.out)
+    for id, one in result["arms"].items():
+        for ratio, met in one["target_met"].items():
+            said = "met" if met else "missed"
+            print(f"{id}: {ratio} {one[ratio]:.2f}, target {TARGETS[ratio]:g}: {said}")
+
+
+if __name__ == "__main__":
+    main()
