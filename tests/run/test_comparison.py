@@ -17,7 +17,14 @@ from expunge.models.base import Companions
 from expunge.run import pages
 from expunge.run.comparison import page, plots
 from expunge.run.comparison.__main__ import main, methods
-from expunge.run.comparison.units import Choice, default_methods, many_case, read, table_case
+from expunge.run.comparison.units import (
+    Choice,
+    closed_forms,
+    default_methods,
+    many_case,
+    read,
+    table_case,
+)
 from expunge.run.comparison.work import Bench, Cell, measure
 from expunge.testing import tiny_diffusion
 
@@ -130,9 +137,14 @@ def test_a_planned_method_is_told_in_one_sentence_and_left_out(
         methods([planned])
 
 
-def test_default_methods_are_the_closed_forms_of_the_catalogue() -> None:
+def test_default_methods_are_the_closed_forms_and_the_fine_tunes_of_named_concepts() -> None:
+    forms = {s.id for s in catalogue.systems("erase", "diffusion", "closed-form")}
+    assert {choice.id for choice in closed_forms()} == forms
     ids = {choice.id for choice in default_methods()}
-    assert ids == {s.id for s in catalogue.systems("erase", "diffusion", "closed-form")}
+    tuned = {s.id: s for s in catalogue.systems("erase", "diffusion", "finetune")}
+    assert forms < ids and "esd" in ids and ids - forms <= set(tuned)
+    assert not any("implicit-concepts" in tuned[id].tags for id in ids - forms)
+    assert all(tuned[id].class_path is not None for id in ids - forms)
 
 
 # -- cases -----------------------------------------------------------------------------------------

@@ -11,7 +11,16 @@ from pathlib import Path
 
 from ... import catalogue
 from ...errors import ExpungeError, SettingError
-from .units import ATTACKS, CONTROLS, Choice, default_methods, many_case, recorded, table_case
+from .units import (
+    ATTACKS,
+    CONTROLS,
+    Choice,
+    closed_forms,
+    default_methods,
+    many_case,
+    recorded,
+    table_case,
+)  # fmt: skip
 from .work import Bench, Cell, measure
 
 KINDS = {"people": "identity", "objects": "object"}
@@ -25,7 +34,8 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         description="Compare erasers on the same work; a cell that is recorded is not measured again.",
     )
     parser.add_argument(
-        "--methods", type=_list, help="ids with settings, uce,trce:stage2=false; default: all closed forms",
+        "--methods", type=_list, help="ids with settings, uce,trce:stage2=false; default: all closed forms, "
+        "and in the tables fine-tunes too",
     )  # fmt: skip
     parser.add_argument(
         "--table", type=_list, default=[], help="concepts erased alone, for example star,hazard"
@@ -70,15 +80,20 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in _list(text)]
 
 
-def methods(named: Sequence[str] | None) -> list[Choice]:
+def methods(named: Sequence[str] | None, default: Sequence[Choice] = ()) -> list[Choice]:
     """The methods asked for; what is only planned is said in a sentence and left out.
+
+    Args:
+        named: As on the command line; ``None`` takes the default.
+        default: Default: :func:`default_methods`.
 
     Raises:
         CatalogueError: An id that nobody registered.
         SettingError: A wrong setting, a method for something else, or nothing left.
     """
     found = []
-    for choice in default_methods() if named is None else [Choice.parse(name) for name in named]:
+    otherwise = list(default) or default_methods()
+    for choice in otherwise if named is None else [Choice.parse(name) for name in named]:
         if catalogue.system(choice.id).class_path is None:
             print(f"{choice.id} is planned, not implemented yet; it is left out", file=sys.stderr)
             continue
@@ -98,9 +113,19 @@ def attacks(named: Sequence[str]) -> list[Choice]:
 
 
 def cells(
-    options: argparse.Namespace, bench: Bench, chosen: Sequence[Choice], searches: Sequence[Choice]
+    options: argparse.Namespace,
+    bench: Bench,
+    chosen: Sequence[Choice],
+    searches: Sequence[Choice],
+    many: Sequence[Choice],
 ) -> Iterator[Cell]:
-    """All cells that were asked for: pictures first, attacks last."""
+    """All cells that were asked for: pictures first, attacks last.
+
+    Args:
+        chosen: Methods of the tables of one concept.
+        searches: Attacks on them.
+        many: Methods that erase many concepts, at once or one after another.
+    """
     arms: list[str | Choice] = [*CONTROLS, *chosen]
     known, pictures = bench.companions, options.pictures
     for seed in options.seeds:
@@ -115,12 +140,12 @@ def cells(
             for number in sorted(numbers):
                 case = many_case(known, kind, number, seed, pictures)
                 yield Cell(part, "pictures", "original", case, seed, pictures)
-                for choice in chosen:
+                for choice in many:
                     yield Cell(part, "pictures", choice, case, seed, pictures)
         for number in options.sequence:
             case = many_case(known, "identity", number, seed, pictures, taken=True)
             yield Cell("sequence", "pictures", "original", case, seed, pictures)
-            for choice in chosen:
+            for choice in many:
                 yield Cell("sequence", "sequence", choice, case, seed, pictures)
         for name, case in tables.items():
             for attack in searches:
@@ -140,8 +165,9 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         # Mistakes in names show before the model is opened.
         chosen, searches = methods(options.methods), attacks(options.attacks)
+        many = methods(options.methods, closed_forms())
         bench = Bench(load(options.model), options.cache, options.split)
-        work = list(cells(options, bench, chosen, searches))
+        work = list(cells(options, bench, chosen, searches, many))
         for place, cell in enumerate(work, 1):
             began, there = time.perf_counter(), recorded(cell.request(bench))
             word = "recorded" if there else "to do" if options.plan else ""

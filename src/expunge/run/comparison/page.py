@@ -16,7 +16,7 @@ from ...core.resampling import mean_rate
 from ...errors import ExpungeError
 from ...evidence.statistics import measures_nothing, recovered
 from .. import pages
-from .units import ATTACKS, CONTROLS, Choice, agrees, default_methods, read
+from .units import ATTACKS, CONTROLS, Choice, agrees, closed_forms, default_methods, read
 
 __all__ = ["MISSING", "PLOTTED", "Page", "frechet", "parts", "pooled", "of_set"]
 
@@ -42,14 +42,23 @@ class Page:
     """All records, and the arms they are shown for.
 
     Attributes:
-        arms: The controls, the catalogue's closed forms and whatever else was recorded; each with what
-            it is called in a request, ``None`` where it is only planned.
+        arms: The default methods and whatever else was recorded; each with what it is called in a request,
+            ``None`` where it is only planned.
+        many: Those of them that erase many concepts: the closed forms and whatever else was recorded there.
     """
 
     def __init__(self, records: Sequence[Mapping[str, Any]] | None = None) -> None:
         everything = read() if records is None else list(records)
         self.records = [r for r in everything if r["request"]["split"] == "test"]
         self.arms = self._choices("arm", "erase", default_methods())
+        forms = {choice.label for choice in closed_forms()}
+        known = (e["request"]["arm"] for e in self.records if e["request"]["part"] not in TABLES)
+        forms |= {
+            Choice(a["id"], tuple(a["changes"].items())).label
+            for a in known
+            if a and "settings" in a
+        }
+        self.many = [arm for arm in self.arms if arm in forms]
         attacks = [Choice.parse(text) for text in ATTACKS.split(",")]
         self.attacks = self._choices("attack", "attack", attacks)
 
@@ -271,7 +280,7 @@ def many(page: Page, part: str) -> str:
         return NOTHING
     rows = []
     for number in numbers:
-        for arm in ("original", *page.arms):
+        for arm in ("original", *page.many):
             own = page.cell(part, "pictures", arm, number=number)
             rates = [
                 _rate(pooled(of_set(own, group)), "none left" if own else MISSING)
@@ -304,7 +313,7 @@ def sequence(page: Page) -> str:
         return NOTHING
     rows = []
     for number in numbers:
-        for arm in ("original", *page.arms):
+        for arm in ("original", *page.many):
             rows += _requests(page, arm, number)
     head = (
         "erased", "arm", "state", "all shown", "the one taken back shown", "the others shown", "other people kept",

@@ -21,8 +21,8 @@ from ...method import Method, Prompt
 from .. import results
 
 __all__ = [
-    "ATTACKS", "CONTROLS", "FOLDER", "Case", "Choice", "agrees", "default_methods", "key", "many_case", "plain", "read",
-    "record", "recorded", "table_case",
+    "ATTACKS", "CONTROLS", "FOLDER", "Case", "Choice", "agrees", "closed_forms", "default_methods", "key", "many_case", "plain",
+    "read", "record", "recorded", "table_case",
 ]  # fmt: skip
 
 FOLDER = "comparison"
@@ -35,6 +35,9 @@ ATTACKS = "closed-form@100,ring-a-bell:form=soft@100,unlearndiffatk@10,random-to
 TOLD = 3
 STAGE = "stage2"
 """Methods with a switch of this name are compared without their second stage too."""
+
+UNNAMED = "implicit-concepts"
+"""Methods of this tag are for what no prompt names, and no concept of the tables is."""
 
 
 # -- methods ---------------------------------------------------------------------------------------
@@ -100,7 +103,7 @@ class Choice:
         )
 
 
-def default_methods() -> list[Choice]:
+def closed_forms() -> list[Choice]:
     """The catalogue's closed forms for pictures; those with a second stage also without it."""
     found = []
     for entry in catalogue.systems("erase", "diffusion", "closed-form"):
@@ -110,6 +113,17 @@ def default_methods() -> list[Choice]:
                 found.append(Choice(entry.id, ((STAGE, "false"),)))
         found.append(Choice(entry.id))
     return found
+
+
+def default_methods() -> list[Choice]:
+    """The closed forms, then the implemented fine-tunes that erase what a prompt names."""
+    found = closed_forms()
+    known = {choice.id for choice in found}
+    return found + [
+        Choice(entry.id)
+        for entry in catalogue.systems("erase", "diffusion", "finetune")
+        if entry.class_path is not None and entry.id not in known and UNNAMED not in entry.tags
+    ]
 
 
 # -- concepts and prompts --------------------------------------------------------------------------
