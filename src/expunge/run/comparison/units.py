@@ -21,8 +21,8 @@ from ...method import Method, Prompt
 from .. import results
 
 __all__ = [
-    "ATTACKS", "CONTROLS", "FOLDER", "Case", "Choice", "agrees", "closed_forms", "default_methods", "key", "many_case", "plain",
-    "read", "record", "recorded", "table_case",
+    "ATTACKS", "CONTROLS", "FOLDER", "Case", "Choice", "agrees", "closed_forms", "default_methods", "key", "many_case",
+    "plain", "read", "record", "recorded", "table_case",
 ]  # fmt: skip
 
 FOLDER = "comparison"
