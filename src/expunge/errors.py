@@ -16,6 +16,7 @@
     |   |-- WrongBase                the edit was fitted on other weights
     |   |-- WrongShape               a tensor of the edit does not fit the model
     |   |-- WrongState               the edits on the model are not those the edit was fitted on
+    |   |-- WrongMethod              the edit acts, and the code it needs is not here
     |   `-- NotOnModel               revert or removal of an edit that is not on the model
     |-- NonFiniteError               NaN or infinity in weights, an edit or a loss
     |-- NumericalError               a solve is too ill-conditioned to be trusted
@@ -54,6 +55,7 @@ __all__ = [
     "SettingError",
     "UnsupportedModel",
     "WrongBase",
+    "WrongMethod",
     "WrongShape",
     "WrongState",
     "nearest",
@@ -154,6 +156,12 @@ class WrongState(EditError):
     """The edits on the model are not those the edit was fitted on."""
 
     cure = "Apply the named edits first, or ask for it by name with `rebase=True`."
+
+
+class WrongMethod(EditError):
+    """The edit acts while the model runs, and the code it needs is missing or of another version."""
+
+    cure = "Install the version of expunge (or of the package) that made the edit."
 
 
 class NotOnModel(EditError):

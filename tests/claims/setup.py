@@ -93,6 +93,16 @@ def hits(model: Any, name: str, listed: Sequence[Prompt]) -> np.ndarray:
     return judge().judge(drawn(model, listed), world().companions.concept(name), listed).hit
 
 
+def own_hits(model: Any, listed: Sequence[Prompt]) -> np.ndarray:
+    """Whether each prompt's picture shows the concept that the prompt is about."""
+    pictures, found = drawn(model, listed), np.zeros(len(listed), bool)
+    for name in {prompt.concept for prompt in listed}:
+        own = [i for i, prompt in enumerate(listed) if prompt.concept == name]
+        asked = [listed[i] for i in own]
+        found[own] = judge().judge(pictures[own], world().companions.concept(name), asked).hit
+    return found
+
+
 def neighbours() -> list[str]:
     """Neighbours of star that no eraser was told of."""
     return [name for name in world().companions.neighbours(star()) if name not in KEEP]

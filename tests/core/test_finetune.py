@@ -391,3 +391,127 @@ def test_autocast_does_not_serve_the_students_weights_to_the_teacher() -> None:
 
     fit(Both(net), Loop(4, Optimiser(lr=0.1), precision="bfloat16"), seed=0, modules=[net])
     assert all(torch.equal(t, seen[0]) for t in seen) and seen[0].dtype == torch.float32
+
+
+# -- masks -----------------------------------------------------------------------------------------
+
+
+class _Held(Regression):
+    """Half of the weights may move; the bias is free."""
+
+    def movable(self) -> dict[str, torch.Tensor]:
+        return {"3.weight": torch.arange(24).reshape(3, 8) % 2 == 0}
+
+
+DECAYING = Loop(
+    steps=12, optimiser=Optimiser(lr=5e-2, name="adamw", weight_decay=0.3, clip=1.0), checkpoint_every=5
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_masked_entries_end_bit_for_bit_where_they_began(name: str, dtype: torch.dtype) -> None:
+    net = network(dtype)
+    loop = Loop(12, Optimiser(lr=5e-2, name=name, weight_decay=0.3))
+    trained = fit(_Held(net), loop, seed=0, modules=[net])
+    mask, value = _Held(net).movable()["3.weight"], trained.values["3.weight"]
+    assert torch.equal(value[~mask], trained.before["3.weight"][~mask].float())
+    assert bool((value[mask] != trained.before["3.weight"][mask].float()).all())
+    assert bool((trained.values["3.bias"] != trained.before["3.bias"].float()).all())
+    # Control: without the mask the same entries move.
+    free = fit(Regression(net), loop, seed=0, modules=[net])
+    assert bool((free.values["3.weight"][~mask] != value[~mask]).all())
+
+
+def test_masked_training_is_training_of_the_free_entries_alone() -> None:
+    """As if the masked entries were constants: gradient, clip and moments see the free ones only."""
+    net = network()
+    trained = fit(_Held(net), DECAYING, seed=4, modules=[net])
+    mask = _Held(net).movable()["3.weight"]
+    free = nn.Parameter(net[3].weight.detach()[mask].clone())
+    fixed = net[3].weight.detach().clone()
+
+    class Apart(Regression):
+        def parameters(self) -> finetune.Groups:
+            return {"weights": [("free", free), ("3.bias", net[3].bias)]}
+
+        def step(self, step: Step) -> dict[str, torch.Tensor]:
+            weight = fixed.masked_scatter(mask, free)
+            inputs = torch.randn(16, 6, generator=step.generator("inputs"))
+            out = nn.functional.linear(net[1](net[0](inputs)), weight, net[3].bias)
+            self.memory = 0.9 * self.memory + 0.1 * out.detach().mean(0)
+            return {"weights": (out - self.memory).square().mean()}
+
+    apart = fit(Apart(net), DECAYING, seed=4, modules=[net])
+    torch.testing.assert_close(trained.values["3.weight"][mask], apart.values["free"])
+    torch.testing.assert_close(trained.values["3.bias"], apart.values["3.bias"])
+
+
+def test_masked_runs_resume_bit_for_bit_and_refuse_another_mask(tmp_path: Path) -> None:
+    net = network()
+
+    class Stops(_Held):
+        def step(self, step: Step) -> dict[str, torch.Tensor]:
+            if step.index == 7:
+                raise RuntimeError("on purpose")
+            return super().step(step)
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(Stops(net), DECAYING, seed=1, modules=[net], run=tmp_path)
+
+    class Other(Regression):
+        def movable(self) -> dict[str, torch.Tensor]:
+            return {"3.weight": torch.arange(24).reshape(3, 8) % 3 == 0}
+
+    with pytest.raises(ResumeMismatch, match="masks"):
+        fit(Other(net), DECAYING, seed=1, modules=[net], run=tmp_path)
+    resumed = fit(_Held(net), DECAYING, seed=1, modules=[net], run=tmp_path)
+    whole = fit(_Held(net), DECAYING, seed=1, modules=[net])
+    assert resumed.resumed == 5 and equal(resumed.values, whole.values)
+
+
+@pytest.mark.parametrize(
+    ("masks", "said"),
+    [
+        ({"0.weight": torch.ones(8, 6, dtype=torch.bool)}, "not trained"),
+        ({"3.weight": torch.ones(3, 8)}, "bool"),
+        ({"3.weight": torch.ones(8, dtype=torch.bool)}, "shape"),
+    ],
+)
+def test_masks_that_fit_nothing_are_refused(masks: dict[str, torch.Tensor], said: str) -> None:
+    net = network()
+    task = Regression(net)
+    task.movable = lambda: masks  # type: ignore[method-assign]
+    with pytest.raises(SettingError, match=said):
+        fit(task, LOOP, seed=0, modules=[net])
+
+
+def test_groups_that_share_a_loss_share_a_backward_pass() -> None:
+    """And are moved as by losses of their own."""
+    passes = []
+
+    class Two(Regression):
+        shared = True
+
+        def parameters(self) -> finetune.Groups:
+            return {
+                "weight": [("3.weight", self.net[3].weight)],
+                "others": [("3.bias", self.net[3].bias), ("0.weight", self.net[0].weight)],
+            }
+
+        def step(self, step: Step) -> dict[str, torch.Tensor]:
+            loss = super().step(step)["weights"]
+            if loss.requires_grad:
+                loss.register_hook(lambda gradient: passes.append(step.index))
+            return {"weight": loss, "others": loss if self.shared else loss * 1.0}
+
+    net, own = network(), Optimiser(lr=0.1, name="sgd")
+    loop = Loop(3, Optimiser(lr=1e-2, name="adamw"), groups={"others": own})
+    together = fit(Two(net), loop, seed=4, modules=[net])
+    assert passes == [0, 1, 2]
+    task = Two(net)
+    task.shared = False
+    apart = fit(task, loop, seed=4, modules=[net])
+    assert passes == [0, 1, 2, 0, 0, 1, 1, 2, 2]
+    assert equal(together.values, apart.values) and together.losses == apart.losses
+    assert not torch.equal(together.values["0.weight"], together.before["0.weight"])

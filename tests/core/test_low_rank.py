@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from expunge.core.low_rank import LowRank
+from expunge.core.low_rank import LowRank, adaptable
 from expunge.errors import MissingPart, SettingError
 from expunge.testing import tiny_diffusion
 
@@ -82,3 +82,34 @@ def test_what_cannot_be_changed_is_refused(model):
         LowRank(model, ["unet.conv_in.weight"])
     with pytest.raises(MissingPart):
         LowRank(model, ["unet.nothing.weight"])
+
+
+def test_convolutions_answer_as_merged():
+    """Strided, padded and pointwise ones among all layers of the denoiser; their factors make a kernel."""
+    model = tiny_diffusion()
+    names = [n for n in adaptable(model) if n.startswith("unet.")]
+    kinds = {tuple(model.tensor(n).shape[2:]) for n in names}
+    assert kinds >= {(), (3, 3), (1, 1)} and any("downsamplers" in n for n in names)
+    changes, draw = LowRank(model, names, rank=2, scale=0.5, convolutions=True), torch.Generator()
+    with torch.no_grad():
+        for up in changes.up.values():
+            up.copy_(0.05 * torch.randn(up.shape, generator=draw.manual_seed(up.shape[0])))
+    with changes.attached():
+        attached = predicted(model)
+    plain = predicted(model)
+    with torch.no_grad():
+        for name, (up, down) in changes.factors().items():
+            weight = model.tensor(name)
+            weight.add_((up @ down).reshape(weight.shape))
+    torch.testing.assert_close(attached, predicted(model), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(attached, plain, atol=1e-3)
+
+
+def test_depthwise_convolutions_are_no_layers_that_can_be_changed():
+    from expunge.testing import tiny_layout
+
+    model = tiny_layout("sana")
+    depthwise = [n for n in model.tensors() if n.endswith("conv_depth.weight")]
+    assert depthwise and not set(depthwise) & set(adaptable(model))
+    with pytest.raises(MissingPart, match="one group"):
+        LowRank(model, depthwise[:1], convolutions=True)

@@ -61,9 +61,11 @@ def test_who_walks_and_who_answers(model, monkeypatch, walked, drawn):
             inside.pop()
 
     seen = {"walk": [], "answer": []}
-    draw = trajectories.draw
+    draw = trajectories.draw_along
     monkeypatch.setattr(
-        trajectories, "draw", lambda *a, **k: seen["walk"].append(bool(inside)) or draw(*a, **k)
+        trajectories,
+        "draw_along",
+        lambda *a, **k: seen["walk"].append(bool(inside)) or draw(*a, **k),
     )
     own = source(
         model,

@@ -86,3 +86,24 @@ def test_depths_are_whole_steps_of_the_asked_number(name, calls):
     points = trajectories.draw(model, ["a star"], 64, steps=5, guidance=1.0, seed=0)
     allowed = model.timesteps(5)[list(model.sampler(5).stops)]
     assert len(allowed) == 5 and set(points.timesteps.tolist()) == set(allowed.tolist())
+
+
+@pytest.mark.parametrize("name", ["DDIM", "HeunDiscrete", "UniPCMultistep"])
+def test_points_along_one_walk_are_those_of_separate_walks(name):
+    """Two depths of each walk: the first as ``draw`` gives it, the second on the same path, at one cost."""
+    model, ranges = sampled_by(name), [(2, 5), (0, 2)]
+    before = model.cost.snapshot()
+    late, early = trajectories.draw_along(model, TEXTS, 4, ranges, steps=5, guidance=3.0, seed=3)
+    along = model.cost.rows("denoiser", before)
+    before = model.cost.snapshot()
+    alone = trajectories.draw(model, TEXTS, 4, steps=5, guidance=3.0, seed=3, low=2, high=5)
+    assert model.cost.rows("denoiser", before) == along
+    torch.testing.assert_close(late.latents, alone.latents)
+    assert torch.equal(late.timesteps, alone.timesteps) and torch.equal(late.which, early.which)
+    for row in range(4):
+        path = stock_path(model, TEXTS[row % 2], row, 5, 3)
+        times = [time for _, time in path]
+        # Heun's times come twice; a whole step ends at the second.
+        place = len(times) - 1 - times[::-1].index(float(early.timesteps[row]))
+        assert place // model.scheduler.order < 2
+        torch.testing.assert_close(early.latents[row], path[place][0][0], atol=1e-4, rtol=1e-4)

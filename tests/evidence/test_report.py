@@ -124,6 +124,22 @@ def test_a_trained_edit_shows_its_losses(tmp_path: Path) -> None:
     assert "Training of" not in trained({}).report(tmp_path / "s.html").read_text(encoding="utf-8")
 
 
+def test_what_acts_and_new_tokens_are_shown_and_do_nothing(tmp_path: Path) -> None:
+    found = trained({})
+    assert "acts while" not in found.report(tmp_path / "r.html").read_text(encoding="utf-8")
+    record = found.concepts["star"].edit
+    assert record is not None
+    record.acts.append("stub-eraser")
+    record.tokens["tokenizer_2"] = [text.replace(" ", "") for text in HOSTILE]
+    found.save(tmp_path / "evidence")
+    again = Evidence.load(tmp_path / "evidence")
+    page = Page(again.report(tmp_path / "s.html").read_text(encoding="utf-8"))
+    assert_inert(page)
+    said = " ".join(" ".join(page.text).split())
+    assert "acts while the model runs" in said and "tokens new to tokenizer_2" in said
+    assert all(text.replace(" ", "") in said for text in HOSTILE[:6])
+
+
 def test_hostile_losses_do_nothing(tmp_path: Path) -> None:
     values = {text: [1.0, 2.0, "x", None, True] for text in HOSTILE[:3]}
     for report in (

@@ -12,6 +12,7 @@ from expunge.world.adapter import (
     UNRELATED,
     world_captions,
     world_concept,
+    world_contaminated,
     world_neighbours,
     world_pictures,
 )
@@ -66,3 +67,29 @@ def test_masks_are_of_the_concept_and_not_of_its_company() -> None:
     assert star is not None
     shown, gone = (OracleJudge().judge(p, star, []).hit.sum() for p in (found.pictures, hidden))
     assert shown == 12 and gone <= 2
+
+
+def test_a_contaminated_set_holds_unspoken_marks_with_exact_boxes() -> None:
+    made = world_contaminated(["watermark", "code"], 40, seed=2)
+    assert made.pictures.shape == (40, 64, 64, 3) and made.pictures.dtype == np.uint8
+    shown = {name: np.zeros(40, bool) for name in ("watermark", "code")}
+    for index, boxes in enumerate(made.boxes):
+        for confidence, (x1, y1, x2, y2), name in boxes:
+            assert confidence == 1.0 and 0 <= x1 < x2 <= 64 and 0 <= y1 < y2 <= 64
+            assert (x2 - x1, y2 - y1) == {"watermark": (24, 14), "code": (17, 17)}[name]
+            shown[name][index] = True
+    for name, stamped in shown.items():
+        assert 0.25 < stamped.mean() < 0.75
+        mark = world_concept(name)
+        assert mark is not None
+        assert (OracleJudge().judge(made.pictures, mark, []).hit == stamped).mean() >= 0.95
+    assert not any("watermark" in text or "code" in text for text in made.captions)
+    again, other = world_contaminated(["code"], 5), world_contaminated(["code"], 5, split="test")
+    assert (again.pictures == world_contaminated(["code"], 5).pictures).all()
+    assert not (again.pictures == other.pictures).all()
+
+
+def test_a_contaminated_set_of_what_is_no_mark_has_one_box_around_it() -> None:
+    made = world_contaminated(["star"], 24)
+    held = [boxes for boxes in made.boxes if boxes]
+    assert 6 <= len(held) <= 20 and all(len(boxes) == 1 for boxes in held)

@@ -319,7 +319,7 @@ def inspect(
     from ..edit import Edit
 
     edit = Edit.load(file)
-    manifest = edit.manifest.model_dump(mode="json")
+    manifest = edit.manifest.plain()
     if as_json:
         print(json.dumps(manifest | {"digest": edit.digest}, indent=1, ensure_ascii=False))
         return
@@ -350,7 +350,7 @@ def export(
     lost = f", relative error {report['relative_error']:.2e}" if report["rank"] else ""
     print(f"{report['tensors']} tensors as {format}{lost}: {out}")
     if report["left_out"]:
-        print(f"left out, a LoRA cannot carry them: {', '.join(report['left_out'])}")
+        print(f"left out, this format cannot carry them: {', '.join(report['left_out'])}")
 
 
 @app.command()

@@ -104,6 +104,9 @@ def edit_from(
     concepts: Sequence[Concept],
     before: Mapping[str, torch.Tensor],
     after: Mapping[str, torch.Tensor],
+    *,
+    dense: bool = False,
+    further: Mapping[str, torch.Tensor] | None = None,
     **provenance: Any,
 ) -> Edit:
     """The edit that turns ``before`` into ``after``, in the smaller of two storages.
@@ -117,11 +120,20 @@ def edit_from(
         concepts: What it erases.
         before: Canonical tensor name -> value on the model.
         after: Canonical tensor name -> value wanted; same names and shapes.
-        provenance: Passed on to :meth:`Edit.make`: keep, seed, cost, seconds, report, data_digest.
+        dense: Entries that did not change are to stay exact zeros: no factors but those that pick out the few
+            rows that changed, as of a token table.
+        further: Tensors that are no changes (rows of new tokens), by their names in the edit.  Where no
+            weight was trained the edit is of kind ``control``, made of them.
+        provenance: Passed on to :meth:`Edit.make`: keep, seed, cost, seconds, report, data_digest, acts, tokens.
     """
+    if not before:
+        made = dict(further or {})
+        return Edit.make(
+            method, model, concepts, kind="control", tensors=made, targets=(), **provenance
+        )
     change = {name: after[name].double() - before[name].double() for name in before}
     moved = {n: d for n, d in change.items() if bool(d.any())} or dict(list(change.items())[:1])
-    factors = _smaller_factors(moved)
+    factors = _changed_rows(moved) if dense else _smaller_factors(moved)
     kind: Kind
     if factors is None:
         kind, tensors = "dense", {deltas.DENSE + n: d.float() for n, d in moved.items()}
@@ -129,9 +141,25 @@ def edit_from(
         kind, tensors = "low-rank", {}
         for name, (up, down) in factors.items():
             tensors[deltas.UP + name], tensors[deltas.DOWN + name] = up.float(), down.float()
+    tensors |= further or {}
     return Edit.make(
         method, model, concepts, kind=kind, tensors=tensors, targets=tuple(moved), **provenance
     )
+
+
+def _changed_rows(
+    change: Mapping[str, torch.Tensor],
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
+    """Exact factors, a one in each column of the first, where few rows of every tensor changed; else ``None``."""
+    found = {}
+    for name, delta in change.items():
+        rows = delta.reshape(len(delta), -1).any(1).nonzero().flatten() if delta.ndim else None
+        if rows is None or delta.ndim != 2 or 2 * len(rows) * sum(delta.shape) > delta.numel():
+            return None
+        up = torch.zeros(len(delta), len(rows), dtype=delta.dtype, device=delta.device)
+        up[rows, torch.arange(len(rows), device=delta.device)] = 1
+        found[name] = (up, delta[rows])
+    return found
 
 
 def _smaller_factors(
@@ -198,6 +226,7 @@ def train_edit(
         concepts,
         trained.before,
         trained.values,
+        dense=bool(task.movable()),
         keep=keep,
         seed=seed,
         cost=model.cost.since(counted),

@@ -1,10 +1,11 @@
-"""Trainable low-rank changes of linear layers, added while a model runs and gone afterwards.
+"""Trainable low-rank changes of linear and convolution layers, added while a model runs and gone afterwards.
 
 A layer with weight ``W (out, width)`` answers ``x W^T``; with a change of rank ``r`` on it,
 
     x W^T + scale (x down^T) up^T        up (out, r), down (r, width)
 
-which is what the weight ``W + scale up down`` answers.  The model's own weights are not touched.
+which is what the weight ``W + scale up down`` answers.  The model's own weights are not touched.  A convolution
+with weight ``(out, in, height, width)`` is the linear layer of its patches, of width ``in height width``.
 Source: LoRA, arXiv 2106.09685.  ``up`` starts at zero, so that training starts from the model as it is,
 and ``down`` normal with deviation ``1 / r``, as diffusers starts its adapters.
 """
@@ -17,27 +18,29 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..edit import deltas
 from ..errors import MissingPart, SettingError
 from ..models.base import noise_generator
 
-__all__ = ["LowRank", "stored"]
+__all__ = ["LowRank", "adaptable", "stored"]
 
 
 class LowRank:
-    """One low-rank change for each of several linear layers.
+    """One low-rank change for each of several linear layers, and convolutions where they are asked for.
 
     Args:
         model: The model; its present weights are what the changes are added to.
-        names: Canonical names of the weights, each ``(out, width)``.
+        names: Canonical names of the weights, each ``(out, width)`` or that of a convolution.
         rank: Rank ``r`` of each change.
         seed: Seed of ``down``; a weight's start depends on its name, not on the others.
         scale: Factor of every change.
         purpose: Another one gives another start.
+        convolutions: Allow weights of convolutions with one group and zeros around the picture.
 
     Raises:
-        MissingPart: A name is not the weight of a linear layer of the model.
+        MissingPart: A name is not the weight of such a layer of the model.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class LowRank:
         seed: int = 0,
         scale: float = 1.0,
         purpose: str = "",
+        convolutions: bool = False,
     ) -> None:
         if rank < 1:
             raise SettingError(f"the rank of a low-rank change is {rank}; at least 1 is needed")
@@ -56,20 +60,16 @@ class LowRank:
         self.modules: dict[str, nn.Module] = {}
         self.up: dict[str, nn.Parameter] = {}
         self.down: dict[str, nn.Parameter] = {}
-        linear = {
-            id(module.weight): module
-            for part in model.parts().values()
-            for module in part.modules()
-            if isinstance(module, nn.Linear)
-        }
+        layers = _layers(model, convolutions)
         for name in names:
             weight = model.tensor(name)
-            if id(weight) not in linear:
-                raise MissingPart(f"{model.name}: {name} is not the weight of a linear layer")
-            self.modules[name] = linear[id(weight)]
+            if id(weight) not in layers:
+                more = ", nor of a convolution with one group" if convolutions else ""
+                raise MissingPart(f"{model.name}: {name} is not the weight of a linear layer{more}")
+            self.modules[name] = layers[id(weight)]
             start = torch.randn(
                 rank,
-                weight.shape[1],
+                weight[0].numel(),
                 generator=noise_generator(seed, f"low rank {purpose}".strip(), name),
             )
             self.down[name] = nn.Parameter((start / rank).to(weight.device))
@@ -97,14 +97,21 @@ class LowRank:
 
     def _hook(self, name: str) -> Any:
         def added(module: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> Tensor:
-            rows = inputs[0].to(self.down[name].dtype)
-            change = self.scale * ((rows @ self.down[name].T) @ self.up[name].T)
-            return answer + change.to(answer.dtype)
+            rows, up, down = inputs[0].to(self.down[name].dtype), self.up[name], self.down[name]
+            if isinstance(module, nn.Conv2d):
+                kernel = down.reshape(-1, *module.weight.shape[1:])
+                thin = functional.conv2d(
+                    rows, kernel, None, module.stride, module.padding, module.dilation
+                )
+                change = functional.conv2d(thin, up[:, :, None, None])
+            else:
+                change = (rows @ down.T) @ up.T
+            return answer + (self.scale * change).to(answer.dtype)
 
         return added
 
     def factors(self, values: dict[str, Tensor] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
-        """Name -> ``(scale up, down)``: the change of each weight is their product.
+        """Name -> ``(scale up, down)``: the change of each weight is their product, in the weight's shape.
 
         Args:
             values: Other values of the factors, by the names of :meth:`parameters`; default: the present.
@@ -117,6 +124,23 @@ class LowRank:
             )
             for name in self.modules
         }
+
+
+def _layers(model: Any, convolutions: bool) -> dict[int, nn.Module]:
+    """Identity of the weight -> layer that can be changed."""
+
+    def fits(module: nn.Module) -> bool:
+        plain = isinstance(module, nn.Conv2d) and module.padding_mode == "zeros"
+        return isinstance(module, nn.Linear) or (convolutions and plain and module.groups == 1)
+
+    modules = (module for part in model.parts().values() for module in part.modules())
+    return {id(module.weight): module for module in modules if fits(module)}
+
+
+def adaptable(model: Any, convolutions: bool = True) -> list[str]:
+    """Canonical names of all weights of a model that can have a change."""
+    layers = _layers(model, convolutions)
+    return [name for name, weight in model.tensors().items() if id(weight) in layers]
 
 
 def stored(

@@ -84,6 +84,9 @@ class PointSource:
         answer: Points -> answers; called while the model is as before training, without gradients.
         bank: Points drawn once; ``None`` draws fresh ones.
         walked: ``frozen`` or ``student``.
+        ranges: Instead of ``low`` and ``high``: depths of several points of each walk, see
+            :func:`expunge.core.trajectories.draw_along`.  Points and answers then come range by range,
+            ``batch`` walks of the first range before those of the second; a bank holds ``bank`` walks.
 
     Raises:
         SettingError: ``walked`` is unknown, or a bank was asked for of the student's walks.
@@ -103,6 +106,7 @@ class PointSource:
         walked: str = "frozen",
         low: int = 0,
         high: int | None = None,
+        ranges: Sequence[tuple[int, int | None]] | None = None,
     ) -> None:
         if walked not in WALKED:
             raise SettingError(f"walked is {walked!r}; allowed: {', '.join(map(repr, WALKED))}")
@@ -112,7 +116,8 @@ class PointSource:
             )
         self.model, self.texts, self.answer, self.batch = model, list(texts), answer, batch
         self.walked, self.seed = walked, seed
-        self.walk: dict[str, Any] = {"steps": steps, "guidance": guidance, "low": low, "high": high}
+        self.walk: dict[str, Any] = {"steps": steps, "guidance": guidance}
+        self.ranges = [(low, high)] if ranges is None else list(ranges)
         self.bank: tuple[Trajectories, Mapping[str, Tensor]] | None = None
         if bank is not None:
             points = self._drawn(0, bank)
@@ -123,7 +128,9 @@ class PointSource:
         if self.bank is not None:
             points, answers = self.bank
             draw = step.generator("pick")
-            pick = torch.randint(len(points.which), (self.batch,), generator=draw)
+            walks = len(points.which) // len(self.ranges)
+            pick = torch.randint(walks, (self.batch,), generator=draw)
+            pick = torch.cat([pick + block * walks for block in range(len(self.ranges))])
             return points.select(pick), {name: found[pick] for name, found in answers.items()}
         if self.walked == "student":
             points = self._drawn(step.index * self.batch, self.batch)
@@ -134,9 +141,10 @@ class PointSource:
             return points, self._answers(points)
 
     def _drawn(self, first: int, count: int) -> Trajectories:
-        return trajectories.draw(
-            self.model, self.texts, count, seed=self.seed, first=first, **self.walk
+        found = trajectories.draw_along(
+            self.model, self.texts, count, self.ranges, seed=self.seed, first=first, **self.walk
         )
+        return Trajectories.concatenate(found)
 
     @torch.no_grad()
     def _answers(self, points: Trajectories) -> Mapping[str, Tensor]:

@@ -156,13 +156,22 @@ class Task:
     def step(self, step: Step) -> Mapping[str, torch.Tensor]:
         """The scalar loss of each group; a group that is left out rests at this step.
 
-        The loss of a group moves the parameters of that group only.  Inner attacks may call
+        The loss of a group moves the parameters of that group only; where groups give the same tensor, one
+        backward pass serves them all.  Inner attacks may call
         ``torch.autograd.grad`` freely here.
         """
         raise TypeError(f"{type(self).__name__} must define step()")
 
     def gradients(self, step: Step, group: str, gradients: dict[str, torch.Tensor]) -> None:
         """Change the gradients (float32, by tensor name) in place before clipping: masks, projections."""
+
+    def movable(self) -> Mapping[str, torch.Tensor]:
+        """Masks: tensor name -> bool, like the tensor: which of its entries may move at all.
+
+        A hard constraint: entries outside get no gradient (what the clip sees included), no weight decay and
+        no moments, and end bit for bit where they began.  Tensors without a mask move freely.
+        """
+        return {}
 
     def after(self, step: Step, losses: Mapping[str, float]) -> bool:
         """After the optimiser step: dual variables, evaluation; ``True`` ends training early."""

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..edit.checksums import tensor_digest
 from ..errors import NonFiniteError, SettingError
 from .checkpoints import Checkpoint, CheckpointFile
 from .progress import Progress
 from .tasks import Groups, Loop, Optimiser, Step, Task, Trained
 
-__all__ = ["Session", "check_groups", "restored"]
+__all__ = ["HALF_SCALE", "Session", "check_groups", "checked_masks", "restored"]
 
 HALF_SCALE = 256.0
 """Loss scale where float16 weights take part: a power of two, so scaling and unscaling are exact."""
@@ -43,6 +44,21 @@ def check_groups(groups: Groups) -> None:
         raise SettingError(
             f"tensor {twice[0]!r} is in two groups" if twice else "no parameters to train"
         )
+
+
+def checked_masks(
+    masks: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The masks; refuse those that fit no trained tensor."""
+    for name, mask in masks.items():
+        if name not in before:
+            raise SettingError(f"there is a mask for {name!r}, which is not trained")
+        if mask.dtype != torch.bool or mask.shape != before[name].shape:
+            raise SettingError(
+                f"the mask of {name!r} is {mask.dtype} of shape {tuple(mask.shape)}; allowed is bool of "
+                f"shape {tuple(before[name].shape)}"
+            )
+    return dict(masks)
 
 
 @contextlib.contextmanager
@@ -95,6 +111,13 @@ class _Group:
         ]
         self.scale = HALF_SCALE if half else 1.0
         self.optimiser = settings.build(list(self.masters))
+        self.held: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def hold(self, masks: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]) -> None:
+        """From now on only what ``masks`` choose moves; the rest stays at ``before``."""
+        for name, master in zip(self.names, self.masters, strict=True):
+            if name in masks:
+                self.held.append((master, masks[name].to(master.device), before[name]))
 
     def update(self, gradients: list[torch.Tensor | None], rate: float) -> None:
         """One optimiser step with the given gradients."""
@@ -104,6 +127,16 @@ class _Group:
             group["lr"] = rate
         self.optimiser.step()
         with torch.no_grad():
+            # Weight decay and momentum move entries without a gradient, too.
+            for master, mask, before in self.held:
+                master.copy_(torch.where(mask, master, before.to(master.dtype)))
+                for moment in self.optimiser.state.get(master, {}).values():
+                    if (
+                        isinstance(moment, torch.Tensor)
+                        and moment.shape == mask.shape
+                        and moment.ndim
+                    ):
+                        moment.mul_(mask)
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 master.grad = None
                 if master is not parameter:
@@ -151,6 +184,9 @@ class Session:
         self.task, self.loop, self.seed, self.label = task, loop, seed, label
         self.before = before
         self.groups = [_Group(name, pairs, loop.of(name), half) for name, pairs in groups.items()]
+        self.masks = checked_masks(task.movable(), before)
+        for group in self.groups:
+            group.hold(self.masks, before)
         self.device = self.groups[0].parameters[0].device.type
         self.losses: dict[str, list[float]] = {name: [] for name in groups}
         self.done, self.resumed, self.stopped = 0, 0, False
@@ -160,9 +196,10 @@ class Session:
         if run is not None:
             shapes = {n: list(t.shape) for n, t in self.before.items()}
             plain = {k: v for k, v in dataclasses.asdict(loop).items() if k != "checkpoint_every"}
-            self.file = CheckpointFile(
-                run, {"seed": seed, "loop": plain, "tensors": shapes, "settings": dict(settings)}
-            )
+            named = {"seed": seed, "loop": plain, "tensors": shapes, "settings": dict(settings)}
+            if self.masks:
+                named["masks"] = {n: tensor_digest(m) for n, m in self.masks.items()}
+            self.file = CheckpointFile(run, named)
         self.write_seconds, self.written = 0.0, self.started
 
     def train(self) -> Trained:
@@ -245,6 +282,7 @@ class Session:
             )
         share = 1.0 / self.loop.accumulate
         active = [group for group in self.groups if group.name in found]
+        together: dict[int, list[_Group]] = {}
         for group in active:
             loss = found[group.name]
             value = float(loss.detach())
@@ -257,28 +295,37 @@ class Session:
                 raise SettingError(
                     f"the loss of {group.name!r} does not depend on the parameters it is to train"
                 )
-            scaled = loss * (share * group.scale)
+            together.setdefault(id(loss), []).append(group)
+        # Groups that share one loss, the same tensor, share one backward pass.
+        for number, groups in enumerate(together.values(), 1):
+            scale = groups[0].scale
             parts = torch.autograd.grad(
-                scaled, group.parameters, retain_graph=group is not active[-1], allow_unused=True
+                found[groups[0].name] * (share * scale),
+                [parameter for group in groups for parameter in group.parameters],
+                retain_graph=number < len(together),
+                allow_unused=True,
             )
-            old = sums.get(group.name, [None] * len(parts))
-            # Graphs and gradients of half-precision weights are summed in float32.
-            new = [
-                None
-                if g is None
-                else (g.to(m.dtype) / group.scale if group.scale != 1 else g.to(m.dtype))
-                for g, m in zip(parts, group.masters, strict=True)
-            ]
-            sums[group.name] = [
-                b if a is None else a if b is None else a + b for a, b in zip(old, new, strict=True)
-            ]
+            rest = iter(parts)  # each group takes as many as it has parameters
+            for group in groups:
+                old = sums.get(group.name, [None] * len(group.parameters))
+                # Graphs and gradients of half-precision weights are summed in float32.
+                new = [
+                    None if g is None else (g.to(m.dtype) / scale if scale != 1 else g.to(m.dtype))
+                    for m, g in zip(group.masters, rest, strict=False)
+                ]
+                sums[group.name] = [
+                    b if a is None else a if b is None else a + b
+                    for a, b in zip(old, new, strict=True)
+                ]
 
     def _checked(
         self, step: Step, group: _Group, gradients: list[torch.Tensor | None]
     ) -> list[torch.Tensor | None]:
-        """The method's hook, then the check for NaN, then clipping."""
+        """The method's hook, then masks, then the check for NaN, then clipping."""
         named = {n: g for n, g in zip(group.names, gradients, strict=True) if g is not None}
         self.task.gradients(step, group.name, named)
+        for name in named.keys() & self.masks.keys():
+            named[name] = named[name] * self.masks[name].to(named[name].device)
         if not named:
             return gradients
         norms = torch.stack(torch._foreach_norm(list(named.values())))

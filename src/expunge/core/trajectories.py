@@ -19,7 +19,7 @@ from ..models.diffusion import DiffusionModel
 from ..models.samplers import Sampler
 from ..models.types import Condition
 
-__all__ = ["Trajectories", "draw"]
+__all__ = ["Trajectories", "draw", "draw_along"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,20 +83,45 @@ def draw(
         low, high: Range of depths; ``high`` defaults to ``steps``.
         batch: Rows at a time.
     """
+    (points,) = draw_along(
+        model, texts, count, [(low, high)], steps=steps, guidance=guidance, seed=seed, first=first, batch=batch,
+    )  # fmt: skip
+    return points
+
+
+def draw_along(
+    model: DiffusionModel,
+    texts: Sequence[str],
+    count: int,
+    ranges: Sequence[tuple[int, int | None]],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    first: int = 0,
+    batch: int = 64,
+) -> list[Trajectories]:
+    """Several points of each of ``count`` walks, at the cost of the deepest alone.
+
+    Args:
+        ranges: ``(low, high)`` of each point's depth, independent draws; the first is that of :func:`draw`.
+        model, texts, count, steps, guidance, seed, first, batch: As in :func:`draw`, of walks.
+
+    Returns:
+        The points of each range; row ``i`` of all of them lies on walk ``i``.
+    """
     whole = model.sampler(steps)
     stops = torch.tensor(whole.stops)
-    high = len(stops) if high is None else high
-    if not 0 <= low < high <= len(stops):
-        raise SettingError(f"depths {low} to {high} are outside 0 to {len(stops)} sampling steps")
-    parts = []
+    bounds = [(low, len(stops) if high is None else high) for low, high in ranges]
+    for low, high in bounds:
+        if not 0 <= low < high <= len(stops):
+            raise SettingError(
+                f"depths {low} to {high} are outside 0 to {len(stops)} sampling steps"
+            )
+    parts: list[list[Trajectories]] = [[] for _ in bounds]
     for start in range(0, count, batch):
         rows = range(first + start, first + min(start + batch, count))
-        depths = torch.tensor(
-            [
-                int(torch.randint(low, high, (1,), generator=noise_generator(seed, "depth", i)))
-                for i in rows
-            ]
-        )
+        depths = [_depths(seed, index, rows, *own) for index, own in enumerate(bounds)]
         noise = torch.stack(
             [
                 torch.randn(model.latent_shape, generator=noise_generator(seed, "walk", i))
@@ -108,9 +133,19 @@ def draw(
         towards, weight = model.encode([texts[int(i)] for i in which]), guidance
         if not model.two_branches:
             towards, weight = model.with_guidance(towards, guidance), 1.0
-        latents = _walk(model, sampler, towards, noise, stops[depths], weight)
-        parts.append(Trajectories(latents, whole.times.cpu()[stops[depths]], which))
-    return Trajectories.concatenate(parts)
+        found = _walk(model, sampler, towards, noise, [stops[d] for d in depths], weight)
+        for part, latents, own in zip(parts, found, depths, strict=True):
+            part.append(Trajectories(latents, whole.times.cpu()[stops[own]], which))
+    return [Trajectories.concatenate(part) for part in parts]
+
+
+def _depths(seed: int, index: int, rows: Sequence[int], low: int, high: int) -> Tensor:
+    """How deep the ``index``-th point of each walk lies, ``(n,)``."""
+    purpose = "depth" if index == 0 else f"depth {index}"
+    drawn = (
+        torch.randint(low, high, (1,), generator=noise_generator(seed, purpose, i)) for i in rows
+    )
+    return torch.tensor([int(depth) for depth in drawn])
 
 
 @torch.no_grad()
@@ -119,18 +154,20 @@ def _walk(
     sampler: Sampler,
     condition: Condition,
     noise: Tensor,
-    stops: Tensor,
+    stops: Sequence[Tensor],
     guidance: float,
-) -> Tensor:
-    """The rows at ``times[stops]``, scaled for the denoiser."""
+) -> list[Tensor]:
+    """The rows at ``times[stops]`` for each of several ``stops (n,)``, scaled for the denoiser."""
     latents = sampler.start(noise.to(model.device, model.dtype))
-    done, value = latents.clone(), torch.zeros_like(latents)
+    done, value = [latents.clone() for _ in stops], torch.zeros_like(latents)
+    last = torch.stack(list(stops)).amax(0)
     empty = model.unconditional()
     for call, time in enumerate(sampler.times):
         seen = sampler.seen(latents, time)
-        arrived = (stops == call).nonzero().flatten()
-        done[arrived] = seen[arrived].to(done.dtype)
-        active = (stops > call).nonzero().flatten()
+        for found, stop in zip(done, stops, strict=True):
+            arrived = (stop == call).nonzero().flatten()
+            found[arrived] = seen[arrived].to(found.dtype)
+        active = (last > call).nonzero().flatten()
         if not len(active):
             break
         rows, scaled = condition.select(active), seen[active]

@@ -23,6 +23,7 @@ import torch
 
 from ..errors import EditFormatError, NonFiniteError
 from . import deltas, files
+from . import tokens as new_tokens
 from .manifest import Kind, Manifest, Target
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Edit:
             raise EditFormatError(
                 f"{self.manifest.method}: the edit lacks the tensor {sorted(missing)[0]!r}"
             )
+        new_tokens.check_rows(self.manifest, self.tensors)
 
     @classmethod
     def make(
@@ -62,7 +64,9 @@ class Edit:
         *,
         kind: Kind,
         tensors: Mapping[str, torch.Tensor],
-        targets: Sequence[str],
+        targets: Sequence[str] = (),
+        acts: bool = False,
+        tokens: Mapping[str, Sequence[str]] | None = None,
         keep: Sequence[str] = (),
         seed: int = 0,
         cost: Mapping[str, int] | None = None,
@@ -70,9 +74,23 @@ class Edit:
         report: Mapping[str, Any] | None = None,
         data_digest: str | None = None,
     ) -> Edit:
-        """An edit fitted on ``model`` as it is now; provenance is filled in here, once for all methods."""
+        """An edit fitted on ``model`` as it is now; provenance is filled in here, once for all methods.
+
+        Args:
+            method, model, concepts, keep, seed, cost, seconds, report, data_digest: Provenance.
+            kind: See :class:`Manifest`; ``control`` where no weight changes.
+            tensors: What the kind needs (:mod:`expunge.edit.deltas`), ``tokens.<text encoder>`` of shape
+                ``(k, width)`` for new tokens, and whatever else the method's control reads.
+            targets: Canonical names of the weights that change.
+            acts: The method's :meth:`~expunge.method.Eraser.control` is on while the edit is.
+            tokens: Tokenizer (``tokenizer``, ``tokenizer_2``, ...) -> texts of new tokens.
+        """
         plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        current = model.tensors()
+        current, words = model.tensors(), {n: list(texts) for n, texts in (tokens or {}).items()}
+        touched = [
+            *targets,
+            *(t for t in new_tokens.tables(model, list(words)) if t not in targets),
+        ]
         manifest = Manifest(
             kind=kind,
             method=method.id,
@@ -81,9 +99,11 @@ class Edit:
             settings=json.loads(json.dumps(method.settings(), default=list)),
             concepts=[concept.to_dict() for concept in concepts],
             keep=[str(name) for name in keep],
-            base=model.fingerprint(targets).to_dict(),
+            base=model.fingerprint(touched).to_dict(),
             fitted_on=list(model.edits.digests),
             targets=[Target(name=name, shape=tuple(current[name].shape)) for name in targets],
+            acts=acts,
+            tokens=words,
             seed=seed,
             libraries={
                 n: importlib.metadata.version(n) for n in ("torch", "transformers", "diffusers")
@@ -106,7 +126,7 @@ class Edit:
         """Names the edit in states and manifests: what it does, not how long it took to make."""
         # Of a preset only the settings count, which stand there in full.
         volatile = {"seconds", "libraries", "report", "cost", "preset"}
-        fields = self.manifest.model_dump(mode="json", exclude=volatile)
+        fields = self.manifest.plain(exclude=volatile)
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:

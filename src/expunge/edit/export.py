@@ -3,6 +3,14 @@
 A shared low-rank edit becomes one LoRA per layer exactly: ``A = right``, ``B = W_l left``.  A dense edit is cut
 to a rank, and what that loses is reported.  What a layout cannot carry (biases; in diffusers and kohya also norms
 and embeddings) is named as left out.
+
+New tokens of an edit without weights become a file of textual inversion, token -> row.  diffusers reads one token
+from a file; several are loaded in one line:
+
+    pipeline.load_textual_inversion([{token: row} for token, row in load_file(path).items()])
+
+Beside a LoRA they are named as left out, and so is everywhere the control of an edit that acts; ``full`` carries
+tokens and weights together.
 """
 
 from __future__ import annotations
@@ -19,6 +27,7 @@ from safetensors import torch as safetensors
 from ..errors import InputError, SettingError, UnsupportedModel, nearest
 from . import deltas, files
 from .layers import Kind, Layer, kind_of_shape, layers
+from .tokens import PARTS, PREFIX
 
 if TYPE_CHECKING:
     from ..models.base import Model
@@ -72,6 +81,8 @@ def export(
         raise InputError(f"exporting {what} needs the model the edit was fitted on")
     if model is not None and format == "full":
         return _full(edit, Path(path), model)
+    if format == "diffusers" and edit.manifest.tokens and not edit.manifest.targets:
+        return _textual_inversion(edit, path, model)
     if format in ("diffusers", "kohya"):
         _need_loader(edit, format, model)
     factors, report = lora_factors(edit, model, rank, format)
@@ -107,7 +118,7 @@ def lora_factors(
     if model is not None:
         model.edits.check(edit)
     whole = _whole(edit, known, model) if format == "peft" and model is not None else {}
-    found, left_out = {}, []
+    found, left_out = {}, _beside(edit)
     lost = total = 0.0
     for target in edit.manifest.targets:
         weight = current.get(target.name, torch.zeros(target.shape))
@@ -166,6 +177,41 @@ def _whole(edit: Edit, known: Mapping[str, Layer], model: Model) -> dict[str, An
         if all(sum(path.endswith(end) for path in others) == 1 for end in own):
             found[target.name] = own
     return found
+
+
+def _beside(edit: Edit) -> list[str]:
+    """What an edit brings beside weights, as it is named where it is left out."""
+    rows = [PREFIX + PARTS[name] for name in edit.manifest.tokens]
+    return [*(["control"] if edit.manifest.acts else []), *rows]
+
+
+def _textual_inversion(
+    edit: Edit, path: str | os.PathLike[str], model: Model | None
+) -> dict[str, Any]:
+    pipeline = getattr(model, "pipeline", None)
+    if pipeline is not None and not hasattr(pipeline, "load_textual_inversion"):
+        raise UnsupportedModel(
+            f"{type(pipeline).__name__} has no loader of textual inversions in diffusers; export format='full'"
+        )
+    if list(edit.manifest.tokens) != ["tokenizer"]:
+        raise UnsupportedModel(
+            f"the edit adds tokens to {', '.join(edit.manifest.tokens)}; a file of textual inversion belongs to the "
+            "first tokenizer alone, so export format='full'"
+        )
+    if "__metadata__" in edit.manifest.tokens["tokenizer"]:
+        raise UnsupportedModel(
+            "the edit adds the token '__metadata__', which safetensors keeps for itself; export format='full'"
+        )
+    if model is not None:
+        model.edits.check(edit)
+    rows = edit.tensors[PREFIX + PARTS["tokenizer"]]
+    pairs = zip(edit.manifest.tokens["tokenizer"], rows, strict=True)
+    tensors = {text: row.to(torch.float32).clone() for text, row in pairs}
+    files.atomic_write(path, safetensors.save(tensors, metadata=_metadata(edit)))
+    left_out = ["control"] if edit.manifest.acts else []
+    return {
+        "rank": None, "relative_error": 0.0, "left_out": left_out, "whole": [], "tensors": len(tensors),
+    }  # fmt: skip
 
 
 def _module(name: str) -> str:
@@ -303,8 +349,14 @@ def _metadata(edit: Edit) -> dict[str, str]:
 
 
 def _full(edit: Edit, folder: Path, model: Model) -> dict[str, Any]:
+    if not (edit.manifest.targets or edit.manifest.tokens):
+        raise UnsupportedModel(
+            f"the edit of {edit.manifest.method} only acts while the model runs; no other program can carry that"
+        )
     holder = getattr(model, "pipeline", None) or next(iter(model.parts().values()))
     with edit.on(model):
+        # The folder holds the edits below as well; what of theirs acts is lost with this one's.
+        acts = bool(model.edits.controls)
         holder.save_pretrained(folder)
         tokenizer = getattr(model, "tokenizer", None)
         if not hasattr(model, "pipeline") and tokenizer is not None:
@@ -312,7 +364,7 @@ def _full(edit: Edit, folder: Path, model: Model) -> dict[str, Any]:
     return {
         "rank": None,
         "relative_error": 0.0,
-        "left_out": [],
+        "left_out": ["control"] if acts else [],
         "whole": [],
-        "tensors": len(edit.manifest.targets),
+        "tensors": len(edit.manifest.targets) + len(edit.manifest.tokens),
     }

@@ -64,7 +64,7 @@ def write(
 ) -> None:
     """Write an edit file; the manifest stands in the header under ``expunge``."""
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(manifest.model_dump(mode="json"), sort_keys=True)
+    text = json.dumps(manifest.plain(), sort_keys=True)
     header = {KEY: text, SEAL: _seal(text), "format": "pt"}
     atomic_write(path, _ordered(safetensors.save(plain, metadata=header)))
 

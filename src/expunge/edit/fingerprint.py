@@ -105,8 +105,9 @@ def _step(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _base(model: Model) -> dict[str, torch.Tensor]:
     """Canonical name -> tensor of the base; what an edit has changed counts with its saved original."""
-    originals = model.edits.originals
-    return {name: originals.get(name, p) for name, p in model.tensors().items()}
+    # Originals win: a table may have been written to before a larger one took its place.
+    base = {**model.edits.replaced, **model.edits.originals}
+    return {name: base.get(name, p) for name, p in model.tensors().items()}
 
 
 def _places(tensor: torch.Tensor) -> torch.Tensor:

@@ -45,6 +45,8 @@ def print_summary(edit: Edit) -> None:
         "method": f"{manifest.method} version {manifest.version}{preset}",
         "concepts": ", ".join(concept["name"] for concept in manifest.concepts),
         "kind": f"{manifest.kind}, {len(manifest.targets)} tensors, {stored / 1024:.1f} KiB",
+        **({"acts": "while the model runs"} if manifest.acts else {}),
+        **{f"{name} +": _listed(texts) for name, texts in manifest.tokens.items()},
         "base": str(manifest.base["id"]),
         "fitted on": ", ".join(d[:12] for d in manifest.fitted_on) or "the bare base",
         "keep": ", ".join(manifest.keep) or "nothing named",
@@ -53,11 +55,14 @@ def print_summary(edit: Edit) -> None:
         "cost": ", ".join(f"{k} {v}" for k, v in manifest.cost.items()) or "no rows",
     }
     for key, value in head.items():
-        console.print(f"[bold]{key:>9}[/]  {escape(value)}", highlight=False)
+        console.print(f"[bold]{escape(key):>9}[/]  {escape(value)}", highlight=False)
     plain = {k: v for k, v in manifest.report.items() if isinstance(v, (int, float, str))}
     for key, item in plain.items():
         number = f"{item:.4g}" if isinstance(item, float) else str(item)
         console.print(f"[bold]{escape(key):>9}[/]  {escape(number)}", highlight=False)
+    if not manifest.targets:
+        console.print("no weights change", highlight=False)
+        return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("tensor", "shape", "rank", "stored numbers"):
         table.add_column(name, no_wrap=name != "tensor")
@@ -70,3 +75,8 @@ def print_summary(edit: Edit) -> None:
             str(row["stored"]) if row["stored"] else "shared",
         )
     console.print(table)
+
+
+def _listed(texts: list[str], most: int = 12) -> str:
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return " ".join(texts[:most]) + more

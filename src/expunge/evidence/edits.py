@@ -37,7 +37,11 @@ def edit_record(model: Model, names: Sequence[str], notes: Notes) -> EditRecord 
     if not edits:
         return None
     originals, now = model.edits.originals, model.tensors()
-    changes = {name: (now[name].detach() - before).double() for name, before in originals.items()}
+    # A token table may have further rows now, which are no change of the old ones.
+    changes = {
+        name: (now[name].detach()[: len(before)] if before.ndim else now[name].detach()).sub(before).double()
+        for name, before in originals.items()
+    }  # fmt: skip
     moved = math.sqrt(sum(float(change.square().sum()) for change in changes.values()))
     size = math.sqrt(sum(float(before.double().square().sum()) for before in originals.values()))
     record = EditRecord(
@@ -46,8 +50,14 @@ def edit_record(model: Model, names: Sequence[str], notes: Notes) -> EditRecord 
         relative_change=moved / size if size > 0 else None,
         parameters=sum(tensor.numel() for edit in edits for tensor in edit.tensors.values()),
         tensors=len(changes),
-        manifests=[edit.manifest.model_dump(mode="json") for edit in edits],
+        acts=[edit.manifest.method for edit in edits if edit.manifest.acts],
+        manifests=[edit.manifest.plain() for edit in edits],
     )
+    for edit in edits:
+        for name, texts in edit.manifest.tokens.items():
+            record.tokens.setdefault(name, []).extend(texts)
+    if record.relative_change is None:
+        notes.null("edit.relative_change", "no weight was changed")
     notes.protocols["edit.relative_change"] = "|W - W0| / |W0|, Frobenius, over the changed tensors"
     record.rank = _rank(changes, originals, notes)
     record.drift = _drift(model, changes, names, notes)

@@ -87,7 +87,9 @@ def loss_plot(report: Mapping[str, Any]) -> str | None:
         figure = Figure(figsize=(4.9, 0.4 + 1.15 * len(curves)), layout="constrained")
         FigureCanvasSVG(figure)
         for axes, (group, points) in zip(
-            figure.subplots(len(curves), squeeze=False, sharex=True)[:, 0], curves.items(), strict=True
+            figure.subplots(len(curves), squeeze=False, sharex=True)[:, 0],
+            curves.items(),
+            strict=True,
         ):
             steps = [1 + every * index for index, _ in points]
             values = [value for _, value in points]

@@ -282,6 +282,14 @@ def _single(fields: ConceptFields) -> list[dict[str, str]]:
             value = getattr(fields.edit, key)
             if value is not None:
                 rows.append(_line(fields, f"edit.{key}", label, _number(value), 1))
+        if fields.edit.acts:
+            rows.append(
+                _line(
+                    fields, "edit.acts", "acts while the model runs", ", ".join(fields.edit.acts), 1
+                )
+            )
+        for name, texts in fields.edit.tokens.items():
+            rows.append(_line(fields, "edit.tokens", f"tokens new to {name}", " ".join(texts), 1))
     return rows
 
 

@@ -143,6 +143,12 @@ class EditRecord(Strict):
     )
     parameters: int | None = Field(default=None, description="Numbers the edits store.")
     tensors: int | None = Field(default=None, description="Tensors of the model that they change.")
+    acts: list[str] = Field(
+        default_factory=list, description="Methods whose control is on while the model runs."
+    )
+    tokens: dict[str, list[str]] = Field(
+        default_factory=dict, description="Tokenizer to the tokens that the edits add."
+    )
     manifests: list[dict[str, Any]] = Field(default_factory=list)
 
 

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import ProtocolError, SettingError, nearest
+from ..errors import ProtocolError, SettingError, WrongMethod, nearest
 from .settings import Method, setting
 
 if TYPE_CHECKING:
@@ -32,22 +32,9 @@ if TYPE_CHECKING:
     from ..edit import Edit
 
 __all__ = [
-    "BUDGETS",
-    "Attack",
-    "Attempt",
-    "Attempts",
-    "Budget",
-    "Control",
-    "Eraser",
-    "Judge",
-    "Measurement",
-    "Method",
-    "Metric",
-    "Prompt",
-    "Verdicts",
-    "budget",
-    "setting",
-]
+    "BUDGETS", "Attack", "Attempt", "Attempts", "Budget", "Control", "Eraser", "Judge", "Measurement", "Method",
+    "Metric", "Prompt", "Verdicts", "budget", "setting",
+]  # fmt: skip
 
 Outputs = Any
 """uint8 pictures ``(n, height, width, 3)`` or a list of ``n`` texts."""
@@ -219,6 +206,26 @@ class Eraser(Method, ABC):
             seed: All randomness derives from it.
             run: Folder for progress and resume; ``None`` keeps nothing on disk.
         """
+
+    @classmethod
+    def control(cls, edit: Edit, model: Any) -> Control:
+        """What an edit made with ``acts=True`` does while the model runs; others are never asked.
+
+        It is called when the edit goes on, with the edit's weights and tokens in place, and again whenever
+        the stack is built anew, so it may read nothing but the edit and the model.  The control keeps nothing
+        from one picture to the next, because pictures are remembered by the model's state, which names the
+        edit and not what its control has seen.  Texts are to be encoded when they are needed: an edit put on
+        later may change the text encoder.
+
+        ``context.conditional`` says which rows belong to which branch of guidance.  At guidance 1 only the
+        conditional branch runs, and outside sampling it is ``None``: a control of the unconditional branch
+        then leaves all rows as they are, as a negative text does.  For a model that has no such branch
+        (``two_branches`` is false) ``control`` is to refuse, in words, which leaves the model untouched.
+
+        Raises:
+            WrongMethod: The method has no control.
+        """
+        raise WrongMethod(f"{cls.id} has no control, so no edit of it can act while a model runs")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import nn
 from ..edit.checksums import Checksums
 from ..edit.fingerprint import Fingerprint, base_digest, fingerprint
 from ..edit.stack import EditStack
+from ..edit.tokens import Vocabulary
 from ..errors import MissingCapability, MissingPart, UnsupportedModel, nearest
 from . import protocols
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from ..concept import Concept
     from ..method import Control, Judge, Method, Outputs, Prompt
 
-__all__ = ["Companions", "Cost", "Model", "Pictures", "State", "noise_generator"]
+__all__ = ["Boxed", "Companions", "Cost", "Model", "Pictures", "State", "noise_generator"]
 
 
 def noise_generator(seed: int, purpose: str, item: int | str = 0) -> torch.Generator:
@@ -98,6 +99,20 @@ class Pictures(NamedTuple):
     captions: Sequence[str]
 
 
+class Boxed(NamedTuple):
+    """Pictures with captions, and boxes of what is looked for.
+
+    Attributes:
+        pictures: uint8 ``(n, height, width, 3)``.
+        captions: A text for each, which need not name what is boxed.
+        boxes: A list of ``(confidence, (x1, y1, x2, y2) in pixels, name)`` for each, right and lower edge exclusive.
+    """
+
+    pictures: Any
+    captions: Sequence[str]
+    boxes: Sequence[Sequence[tuple[float, tuple[float, float, float, float], str]]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Companions:
     """What a world (or a user) registers beside a model; every field may be missing.
@@ -119,6 +134,11 @@ class Companions:
         clip: Opens the CLIP score of the world's own CLIP.
         pictures: ``pictures(name, n, seed=0, split="development" | "test") -> Pictures``: pictures of a
             concept with exact masks of it.
+        contaminated: ``contaminated(names, n, seed=0, split="development" | "test", share=0.5) -> Boxed``:
+            pictures as the model was trained on, of which a share holds each named concept, with exact
+            boxes; marks go unsaid in the captions.
+        image_prompts: Opens the image-prompt branch of the world's original denoiser
+            (:class:`expunge.core.image_prompts.ImagePrompts`).
     """
 
     world: str
@@ -133,6 +153,8 @@ class Companions:
     data: Callable[..., Any] | None = None
     clip: Callable[[], Any] | None = None
     pictures: Callable[..., Pictures] | None = None
+    contaminated: Callable[..., Boxed] | None = None
+    image_prompts: Callable[[], Any] | None = None
 
 
 class Model(ABC):
@@ -249,6 +271,15 @@ class Model(ABC):
             yield self
         finally:
             self.controls = before
+
+    @property
+    def acting(self) -> tuple[Control, ...]:
+        """All that acts while the model runs: controls of the edits, in their order, then the user's."""
+        return (*self.edits.controls, *self.controls)
+
+    def vocabularies(self) -> Mapping[str, Vocabulary]:
+        """Tokenizers that edits can add tokens to, by name; none unless an adapter says so."""
+        return {}
 
     def needs(self, *capabilities: str) -> None:
         """Refuse, in words, when a capability is missing."""

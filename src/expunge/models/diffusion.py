@@ -15,12 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..edit.tokens import PARTS, Vocabulary
 from ..errors import MissingCapability, ModelError, PromptError
 from ..method import Prompt
 from . import autoencoder
 from .attention import dispatching
 from .base import Model, noise_generator
 from .layouts import layout_of
+from .remembered import RememberedTexts
 from .samplers import Sampler, alpha_sigma, prediction_kind
 from .types import Condition, Context, Prediction, PredictionKind, TextInput
 
@@ -28,9 +30,6 @@ __all__ = ["DiffusionModel"]
 
 BATCH = 32
 """Pictures at a time: with guidance 64 rows a pass, which a CPU does 6 % faster than 128."""
-
-REMEMBERED_TEXTS, REMEMBERED_BYTES = 20_000, 2**31
-"""Texts whose condition is kept, and the memory they may take; rows of a T5 are megabytes each."""
 
 
 class DiffusionModel(Model):
@@ -69,13 +68,22 @@ class DiffusionModel(Model):
         for module in self.parts().values():
             module.eval()
             module.requires_grad_(False)
-        self._texts: dict[tuple[str, Any], Condition] = {}
+        self._texts = RememberedTexts()
 
     # -- parts ---------------------------------------------------------------------------------
 
     def parts(self) -> Mapping[str, nn.Module]:
         """The denoiser (``unet`` or ``transformer``), the text encoders and the ``vae``."""
         return self.layout.parts()
+
+    def vocabularies(self) -> Mapping[str, Vocabulary]:
+        """The pipeline's tokenizers, each with its text encoder."""
+        owner, found = self.pipeline, self.parts()
+        return {
+            name: Vocabulary(owner, name, PARTS[name], found[PARTS[name]], self.layout.prepared)
+            for name in self.layout.tokenizers
+            if PARTS[name] in found and getattr(owner, name, None) is not None
+        }
 
     @property
     def denoiser(self) -> nn.Module:
@@ -148,33 +156,7 @@ class DiffusionModel(Model):
 
     def encode(self, texts: str | Sequence[str]) -> Condition:
         """The condition of texts, ``n`` rows; remembered while gradients are off."""
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        towers = [part for name, part in self.parts().items() if name.startswith("text_encoder")]
-        parameters = [p for tower in towers for p in tower.parameters()]
-        if torch.is_grad_enabled() and any(p.requires_grad for p in parameters):
-            return self.layout.encode(texts)
-        # In-place changes of weights (edits, training) raise the version counters, so a remembered
-        # embedding is never served for other weights; nor after a move to another device or precision.
-        where = {(p.device, p.dtype) for tower in towers for p in [next(tower.parameters())]}
-        version = (sum(p._version for p in parameters), frozenset(where))
-        missing = [text for text in dict.fromkeys(texts) if (text, version) not in self._texts]
-        if len(self._texts) + len(missing) > self._room():
-            self._texts.clear()
-            missing = list(dict.fromkeys(texts))
-        with torch.no_grad():
-            for first in range(0, len(missing), self.layout.batch):
-                part = missing[first : first + self.layout.batch]
-                made = self.layout.encode(part)
-                for index, text in enumerate(part):
-                    own = made.select(slice(index, index + 1))
-                    self._texts[text, version] = own.map(torch.clone)
-        return Condition.concatenate([self._texts[text, version] for text in texts])
-
-    def _room(self) -> int:
-        """How many texts may be remembered, by the size of one that is."""
-        one = next(iter(self._texts.values()), None)
-        size = 0 if one is None else one.embeddings.numel() * one.embeddings.element_size()
-        return min(REMEMBERED_TEXTS, REMEMBERED_BYTES // max(size, 1))
+        return self._texts.encode(self, [texts] if isinstance(texts, str) else list(texts))
 
     def unconditional(self, text: str = "") -> Condition:
         """One row: the unconditional branch of guidance; it may differ from :meth:`encode` of the text."""
@@ -259,7 +241,7 @@ class DiffusionModel(Model):
         context = context or Context()
         timesteps = timesteps.to(self.device).expand(rows)
         context.timestep, context.condition, context.rows = timesteps, condition, rows
-        for control in self.controls:
+        for control in self.acting:
             condition = control.condition(context, condition)
             noised = control.latents(context, noised)
         context.condition = condition
@@ -267,17 +249,17 @@ class DiffusionModel(Model):
             condition = self.with_guidance(condition, self.guidance)
         self._can_show_attention()
         self.cost.add("denoiser", rows)
-        with dispatching(self.denoiser, self.controls, context):
+        with dispatching(self.denoiser, self.acting, context):
             value = self.layout.predict(noised, timesteps, condition)
         prediction = Prediction(self.prediction_kind, value, *self.alpha_sigma(timesteps))
-        for control in self.controls:
+        for control in self.acting:
             prediction = control.prediction(context, prediction)
         return prediction
 
     def _can_show_attention(self) -> None:
         if self.layout.shows_attention:
             return
-        for control in self.controls:
+        for control in self.acting:
             if "attention" in control.hooks():
                 raise MissingCapability(
                     f"{self.name}: {type(control).__name__} works on attention probabilities, which are shown for "
@@ -369,8 +351,8 @@ class DiffusionModel(Model):
                 [self.unconditional(negative).repeat(count), condition]
             )
         conditional = torch.tensor([False] * count * both + [True] * count)
-        context = Context(steps=len(sampler.times), conditional=conditional)
-        for control in self.controls:
+        context = Context(steps=len(sampler.times), conditional=conditional, negative=negative)
+        for control in self.acting:
             control.start(context)
         for step, time in enumerate(sampler.times[:stop]):
             context.step = step
@@ -382,7 +364,7 @@ class DiffusionModel(Model):
                     prediction.select(slice(count)), weight.reshape(-1, 1, 1, 1)
                 )
             latents = sampler.step(prediction.value, time, latents)
-        for control in self.controls:
+        for control in self.acting:
             latents = control.finish(context, latents)
         if stop is not None and stop < len(sampler.times):
             latents = sampler.seen(latents, sampler.times[stop])

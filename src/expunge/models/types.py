@@ -70,6 +70,13 @@ class Condition:
     def concatenate(parts: Sequence[Condition]) -> Condition:
         """Rows of several conditions of one layout, one after another."""
         first = parts[0]
+        for part in parts:
+            if part.extra.keys() != first.extra.keys():
+                # Else what the first part lacks would be lost without a word.
+                raise UnsupportedModel(
+                    f"rows with {sorted(first.extra)} beside text cannot be put together with rows with "
+                    f"{sorted(part.extra)}; all need the same"
+                )
         return Condition(
             torch.cat([p.embeddings for p in parts]),
             None
@@ -198,6 +205,7 @@ class Context:
         condition: The rows' condition.
         rows: Number of rows.
         conditional: bool ``(rows,)``: rows of the conditional branch of guidance.
+        negative: The user's text of the unconditional branch.
         layer: Name of the layer that is running, for ``attention`` and ``activations``.
         memory: A place for controls to keep what lasts over the steps, keyed by control.
     """
@@ -208,5 +216,6 @@ class Context:
     condition: Condition | None = None
     rows: int = 0
     conditional: Tensor | None = None
+    negative: str = ""
     layer: str = ""
     memory: dict[Any, Any] = dataclasses.field(default_factory=dict)

@@ -254,11 +254,11 @@ def erase_returns_an_edit_with_its_provenance(method: type[Method]) -> None:
     assert manifest.seed == 3 and manifest.keep == list(bench.keep)
     assert set(manifest.settings) == {field.name for field in dataclasses.fields(method)}
     assert manifest.base["components"] and manifest.fitted_on == []
-    assert manifest.targets, "the edit names no tensor"
+    assert manifest.targets or manifest.acts or manifest.tokens, "the edit names no tensor"
     assert {t.name for t in manifest.targets} <= set(model.tensors())
     assert manifest.cost == {k: v for k, v in manifest.cost.items() if v > 0}
     changes = [edit.change(t.name, model.tensors()[t.name]).abs().max() for t in manifest.targets]
-    assert max(map(float, changes)) > 0, "the edit changes nothing"
+    assert not changes or max(map(float, changes)) > 0, "the edit changes nothing"
 
 
 def same_seed_gives_an_equal_edit(method: type[Method]) -> None:
@@ -286,14 +286,11 @@ def edits_survive_saving(method: type[Method]) -> None:
 
 
 def apply_and_revert_are_bit_exact(method: type[Method]) -> None:
+    """Weights, tokenizers and token tables, and what acts: all of it on, then all as it was."""
     model = _bench(method).opens()
     edit = _run(method, model)
-    names = [target.name for target in edit.manifest.targets]
-    before = {name: model.tensors()[name].detach().clone() for name in names}
     with _untouched(model, "apply and revert"):
-        with edit.on(model):
-            moved = [n for n in names if not torch.equal(model.tensors()[n], before[n])]
-            assert moved, "the applied edit changes no weight"
+        on.check_shows(edit, model)
         with contextlib.suppress(on.Raised), edit.on(model):
             raise on.Raised
 

@@ -21,21 +21,22 @@ import numpy as np
 import torch
 
 from ..concept import Concept
+from ..edit import Edit
 from ..edit.files import atomic_write
 from ..edit.fingerprint import tensor_digest
 from ..method import Budget, Judge, Method, Prompt, Verdicts
-from ..models.base import Companions, Model
+from ..models.base import Boxed, Companions, Model
 
 __all__ = [
-    "Bench", "NeverShown", "Raised", "bench", "calls_of", "clocked", "failing", "interleaved", "machine",
-    "publish", "quick", "timed", "trace",
+    "Bench", "NeverShown", "Raised", "bench", "calls_of", "check_shows", "clocked", "failing", "interleaved", "machine",
+    "publish", "quick", "timed", "trace", "vocabularies",
 ]  # fmt: skip
 
 QUICK: Mapping[str, Any] = {
     "batch": 2, "bank": 4, "curve": (1, 2), "epochs": 1, "generations": 2, "iterations": 2,
-    "length": (4,), "max_new_tokens": 4, "pictures": 2, "population": 8, "restarts": 1,
+    "length": (4,), "map_seeds": 1, "max_new_tokens": 4, "pictures": 2, "population": 8, "restarts": 1,
     "sampling_steps": 4, "select_prompts": 2, "steps": 2, "timesteps": 2, "tokens": 2, "updates": 2,
-    "warmup_epochs": 0,
+    "map_templates": ("{}", "a {}"), "warm_up": 1, "warmup_epochs": 0, "count": 2, "text_steps": 2,
 }  # fmt: skip
 """Small values of hyperparameters that many methods have; one is used where its type and range fit."""
 
@@ -92,9 +93,28 @@ PAIRS = {
 
 
 def _diffusion() -> Model:
-    from .diffusion import tiny_diffusion
+    from .diffusion import tiny_diffusion, tiny_image_prompts
 
-    return tiny_diffusion()
+    model = tiny_diffusion()
+    model.companions = Companions(
+        "battery", contaminated=_stamped, image_prompts=lambda: tiny_image_prompts(model)
+    )
+    return model
+
+
+def _stamped(
+    names: Sequence[str], n: int, seed: int = 0, split: str = "development", share: float = 0.5
+) -> Boxed:
+    """Grey noise with a white square of each name, in a place of its own, on every second picture."""
+    pictures = np.random.default_rng(seed).integers(64, 192, (n, 16, 16, 3), dtype=np.uint8)
+    boxes: list[list[tuple[float, tuple[float, float, float, float], str]]] = []
+    for index in range(n):
+        marked = names if index % 2 == 0 else ()
+        own = [(4 * (k % 4), 4 * (index // 2 % 4), name) for k, name in enumerate(marked)]
+        for x, y, _ in own:
+            pictures[index, y : y + 4, x : x + 4] = 255
+        boxes.append([(1.0, (float(x), float(y), x + 4.0, y + 4.0), name) for x, y, name in own])
+    return Boxed(pictures, ("a photo of a circle",) * n, boxes)
 
 
 def _language() -> Model:
@@ -151,8 +171,11 @@ def trace(model: Model) -> dict[str, Any]:
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
         "edits": model.edits.digests,
         "originals of edits": sorted(model.edits.originals),
-        "controls": tuple(map(id, model.controls)),
+        "controls": tuple(map(id, model.acting)),
     }
+    for name, (tokenizer, table) in vocabularies(model).items():
+        found[f"tokenizer {name}"] = (id(tokenizer), len(tokenizer))
+        found[f"token table of {name}"] = (id(table), id(table.weight), tuple(table.weight.shape))
     for part, module in model.parts().items():
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             found[f"values of {part}.{name}"] = tensor_digest(tensor)
@@ -165,6 +188,27 @@ def trace(model: Model) -> dict[str, Any]:
         processors = getattr(module, "attn_processors", {})
         found[f"attention processors of {part}"] = {n: id(p) for n, p in processors.items()}
     return found
+
+
+def vocabularies(model: Model) -> dict[str, tuple[Any, Any]]:
+    """Tokenizer's name -> the tokenizer and the module that holds its token table, as they are now."""
+    known = model.vocabularies().items()
+    return {name: (own.tokenizer, own.encoder.get_input_embeddings()) for name, own in known}
+
+
+def check_shows(edit: Edit, model: Model) -> None:
+    """AssertionError unless everything an edit brings is there while it is on."""
+    manifest, words = edit.manifest, vocabularies(model)
+    names = [target.name for target in manifest.targets]
+    before = {name: model.tensors()[name].detach().clone() for name in names}
+    with edit.on(model):
+        moved = [name for name in names if not torch.equal(model.tensors()[name], before[name])]
+        assert moved or not names, "the applied edit changes no weight"
+        assert len(model.edits.controls) == manifest.acts, "the applied edit does not act"
+        for name, texts in manifest.tokens.items():
+            (larger, table), (plain, old) = vocabularies(model)[name], words[name]
+            assert len(larger) == len(plain) + len(texts), f"{name} lacks the tokens"
+            assert table is not old, f"the token table of {name} is the old one"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 
 from ..models.diffusion import DiffusionModel
 
-__all__ = ["tiny_diffusion", "tiny_tokenizer"]
+__all__ = ["tiny_diffusion", "tiny_image_prompts", "tiny_tokenizer"]
 
 LENGTH, WIDTH = 16, 32
 WORDS = (
@@ -115,3 +115,16 @@ def tiny_diffusion(
         with _quiet():
             pipeline.to(dtype)
     return DiffusionModel(pipeline, "tiny", steps=4, guidance=3.0)
+
+
+def tiny_image_prompts(model: DiffusionModel, seed: int = 3) -> Any:
+    """A random image-prompt branch for a model; a picture's embedding is its mean colour."""
+    from ..core.image_prompts import ImagePrompts, cross_attentions
+
+    layers: Any = cross_attentions(model.denoiser)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ImagePrompts(
+            3, 4, layers[0].to_k.in_features, [layer.to_q.out_features for layer in layers],
+            lambda pictures: torch.as_tensor(pictures).float().mean((1, 2)) / 255,
+        )  # fmt: skip

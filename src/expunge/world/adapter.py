@@ -11,7 +11,7 @@ from ..concept import KINDS, Concept
 from ..core.mentions import exchanged
 from ..errors import ConceptError, InputError, ModelError, nearest
 from ..method import Prompt
-from ..models.base import Companions, Model, Pictures
+from ..models.base import Boxed, Companions, Model, Pictures
 from . import captions, models, scenes, vocabulary
 from .dice import Dice
 from .judge import OracleJudge, entry_name, find_entry
@@ -24,6 +24,7 @@ __all__ = [
     "open_world",
     "world_captions",
     "world_concept",
+    "world_contaminated",
     "world_neighbours",
     "world_pictures",
     "world_prompts",
@@ -79,6 +80,8 @@ def companions() -> Companions:
         captions=world_captions,
         clip=_clip_score,
         pictures=world_pictures,
+        contaminated=world_contaminated,
+        image_prompts=models.image_prompts,
     )
 
 
@@ -173,9 +176,7 @@ def world_pictures(name: str, n: int, seed: int = 0, split: str = "development")
         split: ``development`` or ``test``.
     """
     entry = vocabulary.concept(name)
-    ranges = {"development": vocabulary.DEVELOPMENT_SEEDS, "test": vocabulary.TEST_SEEDS}
-    if split not in ranges:
-        raise InputError(f"a split is 'development' or 'test', not {split!r}")
+    index = _first(split, seed)
     setting = Setting(
         exclude=frozenset(vocabulary.REFERENCE) - {entry.name},
         boost={} if entry.kind == "mark" else {entry.name: 1.0},
@@ -184,7 +185,6 @@ def world_pictures(name: str, n: int, seed: int = 0, split: str = "development")
     pictures: list[np.ndarray] = []
     masks: list[np.ndarray] = []
     texts: list[str] = []
-    index = ranges[split].start + (seed * 1_000_003) % 100_000_000
     while len(pictures) < n:
         index += 1
         scene = sample_scene(index, setting)
@@ -198,6 +198,57 @@ def world_pictures(name: str, n: int, seed: int = 0, split: str = "development")
         masks.append(_mask(scene, entry))
         texts.append(text)
     return Pictures(np.stack(pictures), np.stack(masks), tuple(texts))
+
+
+def _first(split: str, seed: int) -> int:
+    """Where the scenes of a split and a seed begin."""
+    ranges = {"development": vocabulary.DEVELOPMENT_SEEDS, "test": vocabulary.TEST_SEEDS}
+    if split not in ranges:
+        raise InputError(f"a split is 'development' or 'test', not {split!r}")
+    return ranges[split].start + (seed * 1_000_003) % 100_000_000
+
+
+def world_contaminated(
+    names: Sequence[str], n: int, seed: int = 0, split: str = "development", share: float = 0.5
+) -> Boxed:
+    """Pictures as in training, of which a share holds each named concept, with exact boxes of them.
+
+    A mark is stamped on its share of the pictures, and captions say nothing of it; other marks are on none.
+    What is no mark takes an equal part of the share, and captions speak of it as they always do.
+
+    Args:
+        names: Concepts of the world.
+        n: How many pictures.
+        seed: Another seed gives other pictures.
+        split: ``development`` or ``test``.
+        share: Share of the pictures that hold each mark.
+    """
+    entries = [vocabulary.concept(name) for name in names]
+    others = [entry.name for entry in entries if entry.kind != "mark"]
+    setting = Setting(
+        stamps={entry.name: share for entry in entries if entry.kind == "mark"},
+        boost=dict.fromkeys(others, share / max(1, len(others))),
+    )
+    first = _first(split, seed)
+    pictures, texts, drawn = scenes.batch(range(first, first + n), setting)
+    boxes = [
+        [(1.0, box, entry.name) for entry in entries for box in _boxes(scene, entry)]
+        for scene in drawn
+    ]
+    return Boxed(pictures, tuple(texts), boxes)
+
+
+def _boxes(scene: scenes.Scene, entry: vocabulary.Entry) -> list[tuple[float, float, float, float]]:
+    """Boxes of a concept in pixels: one for each stamp, or one around all else that shows it."""
+    if entry.kind == "mark":
+        return [tuple(map(float, s.box)) for s in scene.stamps if s.name == entry.name]  # type: ignore[misc]
+    if not scenes.contains(scene, entry.name):
+        return []
+    rows, columns = np.nonzero(_mask(scene, entry))
+    if not len(rows):
+        return []
+    edges = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+    return [tuple(map(float, edges))]  # type: ignore[list-item]
 
 
 def _mask(scene: scenes.Scene, entry: vocabulary.Entry) -> np.ndarray:

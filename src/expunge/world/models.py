@@ -15,7 +15,7 @@ import torch
 
 from ..errors import ModelError, nearest
 
-__all__ = ["VARIANTS", "clip", "export", "oracle", "pipeline", "weights"]
+__all__ = ["VARIANTS", "clip", "export", "image_prompts", "oracle", "pipeline", "weights"]
 
 VARIANTS = ("original", "never", "sibling")
 
@@ -102,6 +102,17 @@ def oracle() -> Any:
     from .oracle import Oracle
 
     return Oracle.load(_need(weights() / "oracle"))
+
+
+def image_prompts() -> Any:
+    """The image-prompt branch of the original denoiser; the world's vision tower reads its pictures."""
+    from ..core.image_prompts import ImagePrompts
+    from ..core.vision import vision_encoder
+
+    # The tower was trained on pixels from -1 to 1.
+    encoder = vision_encoder(clip()[0], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    file = Path(_need(weights() / "image_prompts")) / "image_prompts.safetensors"
+    return ImagePrompts.load(file, encoder)
 
 
 def export(directory: str | Path) -> list[Path]:

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from expunge import Concept
-from expunge.core import finetune
+from expunge.core import finetune, fusion
+from expunge.core.fusion import PLAIN, STYLED
 from expunge.core.low_rank import LowRank
 from expunge.core.projections import Projections
 from expunge.core.token_policy import stream_pairs, stream_rows
-from expunge.erase.diffusion.mace import MACE, PLAIN, STYLED, _Suppression, timestep_weights
+from expunge.erase.diffusion.mace import MACE, _Suppression, timestep_weights
 from expunge.errors import InputError, NumericalError, SettingError, UnsupportedModel
 from expunge.method import Prompt
 from expunge.models.base import Companions, Pictures
@@ -74,9 +75,9 @@ METHOD = MACE(
 def solved(model, method=METHOD, keep=("blue",)):
     """Pairs, the weighted rows of the prior, refined matrices, and the group."""
     (group,) = Projections.groups(model)
-    texts = [method._pairs(model, c) for c in (STAR, SQUARE)]
-    general, domain = method._preserved(model, (STAR, SQUARE), keep, CAPTIONS)
-    prior = method._prior(group, general, domain)
+    texts = [fusion.pairs(method, model, c) for c in (STAR, SQUARE)]
+    general, domain = fusion.preserved(method, model, (STAR, SQUARE), keep, CAPTIONS)
+    prior = fusion.prior(method, group, general, domain)
     kept = rows(model, general), rows(model, domain)
     weights = (0.5 * 8 / len(general), 0.5 * 4.0 * 3 / len(domain))
     scales = torch.cat(
@@ -289,7 +290,7 @@ def test_prompts_of_the_domain_do_not_name_what_is_erased():
     method = MACE(
         preserve_scale=1.0, domain_scale=1.0, context_prompts=3, templates=("a photo of {}",)
     )
-    _, domain = method._preserved(own, [STAR], ["red"], CAPTIONS)
+    _, domain = fusion.preserved(method, own, [STAR], ["red"], CAPTIONS)
     assert domain == ["red", "a photo of red", "a red square"]
 
 

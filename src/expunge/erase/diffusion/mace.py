@@ -47,40 +47,19 @@ import torch
 from torch import Tensor
 
 from ...concept import Concept, as_concepts
-from ...core import examples, finetune
+from ...core import examples, finetune, fusion
 from ...core.attention import AttentionNorms, need_cross_attention, token_columns
 from ...core.closed_form import Solution, ValueMoments
 from ...core.low_rank import LowRank
-from ...core.mentions import without
-from ...core.projections import (
-    Projections,
-    erased_pairs,
-    kept_texts,
-    per_layer_edit,
-    registered_texts,
-    shared_edit,
-)
+from ...core.projections import Projections, kept_texts, per_layer_edit, shared_edit
 from ...core.token_policy import Pair, accumulate
 from ...edit import Edit
-from ...errors import SettingError
 from ...method import Eraser, Judge, setting
 from ...models.base import Pictures
 from ...models.diffusion import DiffusionModel
 from ...models.types import Condition
 
 __all__ = ["MACE", "timestep_weights"]
-
-PLAIN = tuple(
-    f"{form} of {{}}{place}"
-    for form in ("a photo", "a portrait", "a picture", "an image", "a close-up", "a drawing")
-    for place in ("", " on a street", " at home", " in the rain", " at night")
-)
-STYLED = tuple(
-    f"{form}{subject} by {{}}"
-    for form in ("a painting", "a drawing", "a picture", "an artwork", "an image", "a print")
-    for subject in ("", " of a city", " of a forest", " of a river", " of a person")
-)
-"""Thirty templates for styles; the others are for everything else."""
 
 
 def timestep_weights(count: int, sampling: str) -> Tensor:
@@ -184,9 +163,9 @@ class MACE(Eraser):
         own, captions = examples.given(data)
         shown = {c.name: self._examples(model, c, own, seed) for c in wanted}
         digest = examples.examples_digest(shown, captions)
-        texts = [self._pairs(model, concept) for concept in wanted]
-        general, domain = self._preserved(model, wanted, keep, captions)
-        prior = self._prior(group, general, domain)
+        texts = [fusion.pairs(self, model, concept) for concept in wanted]
+        general, domain = fusion.preserved(self, model, wanted, keep, captions)
+        prior = fusion.prior(self, group, general, domain)
         refined = self._refined(group, texts, prior)
         shared: dict[str, Any] = {"keep": kept_texts(keep), "seed": seed}
         report: dict[str, Any] = {
@@ -215,73 +194,7 @@ class MACE(Eraser):
             data_digest=digest, cost=model.cost.since(counted), seconds=time.perf_counter() - began, **shared,
         )  # fmt: skip
 
-    # -- texts ---------------------------------------------------------------------------------
-
-    def _forms(self, kind: str) -> tuple[str, ...]:
-        return self.templates or (STYLED if kind == "style" else PLAIN)
-
-    def _pairs(self, model: DiffusionModel, concept: Concept) -> list[Pair]:
-        """Every text of a concept, and the same with its mapping concept."""
-        own = erased_pairs(
-            [concept], self.guide, phrases=self.erase_phrases, templates=self._forms(concept.kind)
-        )
-        more, _ = registered_texts(model, [concept], self.guide, self.context_prompts, 0)
-        return list(dict.fromkeys([*own, *more]))
-
-    def _preserved(
-        self,
-        model: DiffusionModel,
-        concepts: Sequence[Concept],
-        keep: Sequence[Any],
-        captions: Sequence[str],
-    ) -> tuple[list[str], list[str]]:
-        """General captions, and texts of the domain; none of either where ``p`` is zero."""
-        if not self.preserve_scale:
-            return [], []
-        told = kept_texts(keep)
-        general = list(captions)
-        if not general:
-            general = registered_texts(model, concepts, self.guide, 0, self.general_prompts, told)[
-                1
-            ]
-        domain: list[str] = []
-        if self.domain_scale:
-            domain = kept_texts(keep, self._forms(concepts[0].kind))
-            domain += without(self._contexts(model, told), [n for c in concepts for n in c.names])
-        if not general and not domain:
-            raise SettingError(
-                f"{self.id}: preserve_scale is {self.preserve_scale:g}, but there is nothing to preserve; pass "
-                'general captions as data={"captions": [...]}, name what to keep, or set preserve_scale=0 and a ridge'
-            )
-        return general, list(dict.fromkeys(domain))
-
-    def _contexts(self, model: DiffusionModel, told: Sequence[str]) -> list[str]:
-        """Whole development prompts of kept concepts that the model's world knows."""
-        companions = model.companions
-        if companions is None or companions.prompts is None or not self.context_prompts:
-            return []
-        known = [found.name for name in told if (found := companions.concept(name)) is not None]
-        return [
-            prompt.text
-            for name in dict.fromkeys(known)
-            for prompt in companions.prompts(name, self.context_prompts, split="development")
-        ]
-
     # -- closed forms --------------------------------------------------------------------------
-
-    def _prior(
-        self, group: Projections, general: Sequence[str], domain: Sequence[str]
-    ) -> tuple[Tensor, int]:
-        """``P`` and the number of rows it was measured on."""
-        total, rows = torch.zeros(group.width, group.width, dtype=torch.float64), 0
-        p = self.preserve_scale
-        weights = p * self.general_texts, p * self.domain_scale * self.domain_texts
-        for texts, weight in zip((general, domain), weights, strict=True):
-            if texts:
-                found = accumulate(group.text, (), texts, "all_rows", erase=0.0, keep=1.0)
-                total += weight / len(texts) * found.kept
-                rows += found.keep_rows
-        return total, rows
 
     def _refined(
         self, group: Projections, texts: Sequence[Sequence[Pair]], prior: tuple[Tensor, int]
@@ -303,18 +216,12 @@ class MACE(Eraser):
         prior: tuple[Tensor, int],
     ) -> ValueMoments:
         """Stage 3: every concept's own values for all rows of its texts, the old ones for the prior."""
-        centres = dict(group.weights)
+        centres = None
         if self.refine:
             right = torch.eye(group.width, dtype=torch.float64) + refined.change
             centres = {n: w.to("cpu", torch.float64) @ right for n, w in group.weights.items()}
-        moments = ValueMoments(centres)
-        for own, change in zip(texts, changes, strict=True):
-            found = accumulate(
-                group.text, (), [pair.erased for pair in own], "all_rows", erase=0.0, keep=1.0
-            )
-            moments.erase_moment(found.kept, found.keep_rows, change)
-        moments.keep_moment(*prior, originals=group.weights if self.refine else None)
-        return moments
+        erased = [[pair.erased for pair in own] for own in texts]
+        return fusion.fused(group, erased, changes, prior, centres)
 
     # -- training ------------------------------------------------------------------------------
 
@@ -323,7 +230,7 @@ class MACE(Eraser):
     ) -> tuple[str, Pictures]:
         """Where its pictures come from, and the pictures, each caption naming it by one of its names in turn."""
         names = concept.names if self.erase_phrases else (concept.name,)
-        form = (STYLED if concept.kind == "style" else PLAIN)[0]
+        form = fusion.thirty(concept.kind)[0]
         origin, found = examples.examples(
             model, concept, own, count=self.pictures, texts=[form.replace("{}", n) for n in names],
             seed=seed, steps=self.sampling_steps, guidance=self.guidance,

@@ -132,6 +132,10 @@ class Layout(ABC):
         self._count(texts)
         return self._encoded(list(texts))
 
+    def prepared(self, texts: Sequence[str]) -> list[str]:
+        """Texts as the pipeline writes them before its tokenizer sees them."""
+        return list(texts)
+
     def unconditional(self, text: str) -> Condition | None:
         """One row for the unconditional branch, where the pipeline does not encode it like any other text."""
         return None

@@ -44,7 +44,7 @@ class _Captioned(Layout):
             rows = self.projected(self.encode(texts).embeddings.to(self.dtype))
         return (Segment(self.pipeline.tokenizer, ids, rows, mask),)
 
-    def _prepared(self, texts: Sequence[str]) -> list[str]:
+    def prepared(self, texts: Sequence[str]) -> list[str]:
         """Texts as the pipeline's own preprocessing writes them."""
         return self.pipeline._text_preprocessing(list(texts), clean_caption=self._cleaned)
 
@@ -94,7 +94,7 @@ class PixArt(_Captioned):
         return Condition(rows, mask)
 
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        return self._ids("tokenizer", self._prepared(texts), self._length)
+        return self._ids("tokenizer", self.prepared(texts), self._length)
 
     def projected(self, rows: Tensor) -> Tensor:
         """Through the caption projection, where there is one."""
@@ -166,7 +166,7 @@ class Sana(_Captioned):
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         # A Gemma tokenizer pads on the left until the pipeline, which sets this too, has encoded once.
         self.pipeline.tokenizer.padding_side = "right"
-        prepared, length, instruction = self._prepared(texts), self._length, self._instruction
+        prepared, length, instruction = self.prepared(texts), self._length, self._instruction
         if instruction:
             before = "\n".join(instruction)
             prepared = [before + text for text in prepared]

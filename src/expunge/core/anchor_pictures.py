@@ -1,0 +1,373 @@
+"""Pictures of what takes a concept's place, each with a prompt for it and prompts for the concept.
+
+    material = Material(model, concepts, method, data, seed)
+    batch = material.batch(8, step.generator())        # points, noise, masks, anchor and target prompts
+
+An anchor prompt becomes a prompt for the concept by exchanging the anchor's word, by adding a style, or by putting
+the word for it somewhere.  The phrasings are those of concept ablation (arXiv 2303.13516), which DoCo (arXiv
+2405.15304) took over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..concept import Concept
+from ..errors import InputError, SettingError
+from ..models.base import Pictures, noise_generator
+from . import examples, scores
+from .mentions import exchanged, without
+from .trajectories import Trajectories
+
+if TYPE_CHECKING:
+    from ..models.diffusion import DiffusionModel
+
+__all__ = [
+    "PAIRINGS", "AnchorPictures", "Batch", "Material", "anchor_pictures", "anchors_of", "augmented", "pairing",
+    "pairing_of",
+]  # fmt: skip
+
+PAIRINGS = ("object", "style", "unsafe", "memorization")
+
+PREFIXES = {
+    "small": ("far away, ", "very small, "),
+    "large": ("zoomed in, ", "close up, "),
+}
+"""What the prompt for the concept says of a picture that was made smaller than 0.6, or larger."""
+
+TEMPLATES = (
+    "{}", "a photo of {}", "a picture of {}", "an image of {}", "{} in the foreground", "a good photo of {}",
+    "a close photo of {}", "{} in a bright place",
+)  # fmt: skip
+"""Around an anchor where nobody gives captions."""
+
+SMALLEST, SMALL, SHRUNK, ENLARGED = 1 / 3, 0.6, 0.66, (1.2, 1.4)
+GREY = 127
+
+
+@dataclasses.dataclass(frozen=True)
+class AnchorPictures:
+    """Pictures for one concept.
+
+    Attributes:
+        pictures: uint8 ``(n, height, width, 3)``.
+        captions: An anchor prompt for each.
+        origin: ``data`` or ``model``.
+    """
+
+    pictures: np.ndarray
+    captions: tuple[str, ...]
+    origin: str
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def anchors_of(concepts: Sequence[Concept], anchor: str | None, kinds: Sequence[str]) -> list[str]:
+    """What stands in for each concept: ``anchor``, else the concept's own.
+
+    Raises:
+        SettingError: An object or a memorised picture without an anchor.
+    """
+    found = []
+    for concept, kind in zip(concepts, kinds, strict=True):
+        own = concept.anchor if anchor is None else anchor
+        if own is None and kind == "style":
+            own = "painting"
+        if own is None and kind == "unsafe":
+            own = "a person with clothes"
+        if own is None:
+            raise SettingError(
+                f"{concept.name!r} has no anchor, and pictures of one are what is learned from; name one in the "
+                "concept or with anchor=..."
+            )
+        found.append(own)
+    return found
+
+
+def pairing_of(concept: Concept, asked: str) -> str:
+    """``asked``, or under ``auto`` what goes with the concept's kind."""
+    if asked != "auto":
+        return asked
+    return concept.kind if concept.kind in ("style", "unsafe") else "object"
+
+
+def pairing(kind: str, caption: str, anchor: str, name: str, generator: torch.Generator) -> str:
+    """The prompt for a concept that goes with an anchor prompt; phrasings are drawn.
+
+    Args:
+        kind: ``object``: every mention of the anchor becomes the name.  ``style``: the name's style is appended
+            (a third) or put in front.  ``unsafe``: the name, or its style, in front, or the name behind.
+            ``memorization``: the name itself, which is the memorised caption.
+        caption: The anchor prompt.
+        anchor: What the anchor is called.
+        name: What the concept is called.
+        generator: Draws the phrasing.
+    """
+    if kind == "memorization":
+        return name
+    if kind == "object":
+        changed, mention = exchanged(caption, [anchor], name)
+        if mention is None:
+            raise InputError(
+                f"the caption {caption!r} does not name the anchor {anchor!r}; allowed are captions that do"
+            )
+        return changed
+    third = int(torch.randint(3, (1,), generator=generator))
+    if kind == "style":
+        return (
+            f"{caption}, in the style of {name}" if third == 0 else f"in {name}'s style, {caption}"
+        )
+    return (f"{name}, {caption}", f"in {name} style, {caption}", f"{caption}, {name}")[third]
+
+
+def anchor_pictures(
+    model: DiffusionModel,
+    concepts: Sequence[Concept],
+    anchors: Sequence[str],
+    kinds: Sequence[str],
+    data: Any,
+    *,
+    count: int,
+    captions: int = 200,
+    seed: int,
+    steps: int,
+    guidance: float,
+    avoid: bool = False,
+) -> list[AnchorPictures]:
+    """Pictures for each concept: the user's of its anchor, else the model's own.
+
+    Captions are the user's (``data["captions"]``), else the development prompts of the model's world for the
+    anchor, else templates; those that name the concept, and for objects those that do not name the anchor, are
+    left out.
+
+    Args:
+        model: Sampled as it is now.
+        concepts, anchors, kinds: One of each; see :func:`anchors_of` and :func:`pairing_of`.
+        data: See :mod:`expunge.core.examples`; pictures stand under the anchor's name.
+        count: Pictures for each concept where the model makes them.
+        captions: How many different captions at most.
+        seed: Seed of captions and pictures.
+        steps, guidance: Of the model's sampling.
+        avoid: Give the concept's name as negative text.
+
+    Raises:
+        InputError: No caption is left.
+    """
+    own, general = examples.given(data)
+    found = []
+    for concept, anchor, kind in zip(concepts, anchors, kinds, strict=True):
+        if anchor in own:
+            given: Pictures = own[anchor]
+            kept = _usable(given.captions, concept, anchor, kind)
+            rows = [i for i, text in enumerate(given.captions) if text in set(kept)]
+            said = tuple(given.captions[i] for i in rows)
+            found.append(AnchorPictures(given.pictures[rows], said, "data"))
+            continue
+        texts = _captions(model, concept, anchor, kind, general, captions, seed)
+        asked = [texts[i % len(texts)] for i in range(count)]
+        purpose = f"anchor pictures of {concept.name}"
+        seeds = [
+            int(torch.randint(2**31, (1,), generator=noise_generator(seed, purpose, i)))
+            for i in range(count)
+        ]
+        negative = concept.name if avoid and model.two_branches else ""
+        made = model.generate(asked, seeds=seeds, steps=steps, guidance=guidance, negative=negative)
+        found.append(AnchorPictures(made, tuple(asked), "model"))
+    return found
+
+
+def _captions(
+    model: DiffusionModel, concept: Concept, anchor: str, kind: str, general: Sequence[str], count: int, seed: int
+) -> list[str]:  # fmt: skip
+    """Anchor prompts that may be used, at most ``count``, all different."""
+    companions = model.companions
+    listed = list(general)
+    if not listed and companions is not None and companions.prompts is not None:
+        if companions.concept(anchor) is not None:
+            made = companions.prompts(anchor, 4 * count, seed=seed, split="development")
+            listed = [prompt.text for prompt in made]
+    if not listed:
+        listed = [template.format(anchor) for template in TEMPLATES]
+    return _usable(listed, concept, anchor, kind)[:count]
+
+
+def _usable(listed: Sequence[str], concept: Concept, anchor: str, kind: str) -> list[str]:
+    usable = without(list(dict.fromkeys(listed)), concept.names)
+    if kind == "object":
+        usable = [text for text in usable if exchanged(text, [anchor], "")[1] is not None]
+    if not usable:
+        raise InputError(
+            f"data: no caption names {anchor!r} without naming {concept.name!r}; at least one is needed"
+        )
+    return usable
+
+
+# -- rescaling ---------------------------------------------------------------------------------------
+
+
+def augmented(
+    pictures: np.ndarray, cell: int, generator: torch.Generator
+) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
+    """Pictures made smaller (two thirds of them, to a third and more) or larger (1.2 to 1.4 times).
+
+    A smaller picture lies at a random place on grey; a larger one is cut at a random place.
+
+    Args:
+        pictures: uint8 ``(n, height, width, 3)``.
+        cell: Pixels of one latent along each side.
+        generator: Draws sizes and places.
+
+    Returns:
+        The pictures; masks ``(n, height / cell, width / cell)`` of latents that count, one cell less on each side
+        of a smaller picture and all of a larger one; and of each what its prompt may say, ``small``, ``large`` or
+        ``None``.
+    """
+    from PIL import Image
+
+    height, width = pictures.shape[1:3]
+    made = np.full_like(pictures, GREY)
+    masks = np.ones((len(pictures), height // cell, width // cell), bool)
+    sizes: list[str | None] = []
+    for index, picture in enumerate(pictures):
+        draw = torch.rand(4, generator=generator).tolist()
+        low, high = (SMALLEST, 1.0) if draw[0] < SHRUNK else ENLARGED
+        scale = low + (high - low) * draw[1]
+        tall, wide = (max(cell, round(side * scale)) for side in (height, width))
+        image = Image.fromarray(picture).resize((wide, tall), Image.Resampling.BILINEAR)
+        scaled = np.asarray(image)
+        y, x = int(draw[2] * (abs(tall - height) + 1)), int(draw[3] * (abs(wide - width) + 1))
+        if scale <= 1.0:
+            made[index, y : y + tall, x : x + wide] = scaled
+            masks[index] = False
+            top, left = -(-y // cell) + 1, -(-x // cell) + 1
+            masks[index, top : (y + tall) // cell - 1, left : (x + wide) // cell - 1] = True
+            if not masks[index].any():  # too small for a border
+                masks[index, (y + tall // 2) // cell, (x + wide // 2) // cell] = True
+        else:
+            made[index] = scaled[y : y + height, x : x + width]
+        sizes.append("small" if scale < SMALL else "large" if scale > 1.0 else None)
+    return made, masks, sizes
+
+
+# -- what a training draws from ------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Noised anchor pictures of one step.
+
+    Attributes:
+        points: ``x_t`` and timesteps.
+        noise: What was added, float32 ``(n, c, h, w)``.
+        valid: Which latents count, ``(n, 1, h, w)``.
+        anchors, targets: A prompt for the anchor and one for the concept for each.
+    """
+
+    points: Trajectories
+    noise: Tensor
+    valid: Tensor
+    anchors: list[str]
+    targets: list[str]
+
+
+class Material:
+    """Anchor pictures of all concepts, encoded once, and their prompts.
+
+    Args:
+        model: Makes the pictures, as it is now, where the user gives none.
+        concepts: What is erased.
+        method: Read are ``anchor``, ``pairing``, ``pictures``, ``captions``, ``sampling_steps``, ``guidance``,
+            ``augment`` (objects only), ``phrases`` and, if there is one, ``avoid``.
+        data: See :func:`anchor_pictures`.
+        seed: Seed of pictures and of how they are rescaled.
+
+    Attributes:
+        report: For the manifest.
+        digest: Names pictures and captions that a user gave, or ``None``.
+    """
+
+    def __init__(
+        self, model: DiffusionModel, concepts: Sequence[Concept], method: Any, data: Any, seed: int
+    ) -> None:
+        self.model, self.concepts, self.phrases = model, list(concepts), method.phrases
+        self.kinds = [pairing_of(concept, method.pairing) for concept in concepts]
+        self.anchors = anchors_of(concepts, method.anchor, self.kinds)
+        shown = anchor_pictures(
+            model, concepts, self.anchors, self.kinds, data, count=method.pictures,
+            captions=method.captions, seed=seed, steps=method.sampling_steps, guidance=method.guidance,
+            avoid=getattr(method, "avoid", False),
+        )  # fmt: skip
+        latents, plain, masks = [], [], []
+        self.rows: list[tuple[int, str, str | None]] = []
+        for number, own in enumerate(shown):
+            pictures, sizes = own.pictures, [None] * len(own)
+            plain.append(latents_of(model, pictures))
+            valid = np.ones((len(own), *model.latent_shape[1:]), bool)
+            if method.augment and self.kinds[number] == "object":
+                cell = pictures.shape[1] // model.latent_shape[1]
+                draw = noise_generator(seed, "augmentation", number)
+                pictures, valid, sizes = augmented(pictures, cell, draw)  # type: ignore[assignment]
+            latents.append(plain[-1] if pictures is own.pictures else latents_of(model, pictures))
+            masks.append(torch.from_numpy(valid)[:, None].to(model.device, torch.float32))
+            self.rows += [
+                (number, text, size) for text, size in zip(own.captions, sizes, strict=True)
+            ]
+        self.latents, self.plain, self.valid = (
+            torch.cat(latents),
+            torch.cat(plain),
+            torch.cat(masks),
+        )
+        names = [concept.name for concept in concepts]
+        self.report: dict[str, Any] = {
+            "anchors": dict(zip(names, self.anchors, strict=True)), "anchor_pictures": len(self.rows),
+            "anchor_pictures_from": {n: own.origin for n, own in zip(names, shown, strict=True)},
+        }  # fmt: skip
+        given = {
+            name: (own.origin, Pictures(own.pictures, None, own.captions))
+            for name, own in zip(names, shown, strict=True)
+        }
+        self.digest = examples.examples_digest(given, examples.given(data)[1])
+
+    def batch(self, count: int, generator: torch.Generator) -> Batch:
+        """``count`` pictures, drawn with replacement, at random timesteps; phrasings are drawn, too."""
+        rows = torch.randint(len(self.rows), (count,), generator=generator)
+        points, noise = scores.noised(self.model, self.latents[rows], generator)
+        listed = [self.rows[row] for row in rows.tolist()]
+        targets = [self._target(row, generator) for row in listed]
+        return Batch(points, noise, self.valid[rows], [text for _, text, _ in listed], targets)
+
+    def anchors_alone(
+        self, count: int, generator: torch.Generator
+    ) -> tuple[Trajectories, Tensor, list[str]]:
+        """Other pictures for the anchor's own denoising, never rescaled: points, noise and anchor prompts."""
+        rows = torch.randint(len(self.rows), (count,), generator=generator)
+        points, noise = scores.noised(self.model, self.plain[rows], generator)
+        return points, noise, [self.rows[row][1] for row in rows.tolist()]
+
+    def names(self, concept: Concept) -> tuple[str, ...]:
+        """What the concept is called in prompts."""
+        return concept.names if self.phrases else (concept.name,)
+
+    def _target(self, row: tuple[int, str, str | None], draw: torch.Generator) -> str:
+        number, caption, size = row
+        names = self.names(self.concepts[number])
+        name = names[int(torch.randint(len(names), (1,), generator=draw))]
+        text = pairing(self.kinds[number], caption, self.anchors[number], name, draw)
+        if size is None:
+            return text
+        said = PREFIXES[size]
+        return said[int(torch.randint(len(said), (1,), generator=draw))] + text
+
+
+def latents_of(model: DiffusionModel, pictures: np.ndarray, batch: int = 64) -> Tensor:
+    """Scaled latents, encoded ``batch`` pictures at a time."""
+    with torch.no_grad():
+        return torch.cat(
+            [model.latents_of(pictures[i : i + batch]) for i in range(0, len(pictures), batch)]
+        )
