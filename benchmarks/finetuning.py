@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from expunge import Concept, catalogue, load
@@ -54,6 +55,8 @@ class Work:
         guided: The walk runs both branches.
         asked: Teacher predictions of one point in the published schedule.
         students: Student predictions of one point in the published schedule.
+        again: Rows with gradients that a second backward pass goes through.
+        encoded: Pictures that the published schedule encodes anew for each point.
     """
 
     settings: Mapping[str, Any]
@@ -64,6 +67,8 @@ class Work:
     guided: bool = True
     asked: int = 2
     students: int = 1
+    again: Callable[[Any], float] = lambda method: 0.0
+    encoded: int = 0
 
 
 def depth(method: Any) -> float:
@@ -71,11 +76,41 @@ def depth(method: Any) -> float:
     return float(method.sampling_steps - 1) / 2
 
 
+def drawn(method: Any) -> float:
+    """Rows of the pictures that a method has the model draw, both branches of guidance."""
+    return float(method.pictures * method.sampling_steps * 2)
+
+
+def surgery_rows(method: Any) -> float:
+    """All but One's points, half of them again for the empty prompt (one branch) and for what is kept (both)."""
+    empty, kept = (method.bank / 2 * (branches * depth(method) + 1) for branches in (1, 2))
+    return float(method.bank * (2 * depth(method) + 2) + empty + kept)
+
+
 WORKS: dict[str, Work] = {
     # Each point of the bank: its walk with both branches, eps(c) and eps(0).
     "esd": Work(
         {"steps": 60, "bank": 64}, "other",
         forward=lambda m: m.bank * (2 * depth(m) + 2), trained=lambda m: m.steps * m.batch, walk=depth,
+    ),
+    # The student is asked about each point under the concept and under nothing, and about one further point.
+    "all-but-one": Work(
+        {"steps": 60, "bank": 64}, "cross-attention", forward=surgery_rows,
+        trained=lambda m: 3 * m.steps * m.batch, walk=depth, asked=3, students=3,
+    ),
+    # Anchor pictures, the teacher at each step, and the anchor's change on 16 pictures at the end, before and after.
+    "concept-ablation": Work(
+        {"steps": 60, "pictures": 16}, "cross-attention-kv",
+        forward=lambda m: drawn(m) + m.steps * m.batch + 2 * 16, trained=lambda m: m.steps * m.batch,
+        walk=lambda m: 0.0, asked=1, encoded=1,
+    ),
+    # A warm-up step asks both models; later ones the frozen one, and the student about two points with two backward
+    # passes, one for each loss.
+    "doco": Work(
+        {"steps": 60, "warm_up": 15, "pictures": 16}, "cross-attention-kv",
+        forward=lambda m: drawn(m) + m.batch * (m.steps + m.warm_up),
+        trained=lambda m: 2 * m.batch * (m.steps - m.warm_up), walk=lambda m: 0.0, asked=1, students=2,
+        again=lambda m: 2 * m.batch * (m.steps - m.warm_up), encoded=2,
     ),
 }  # fmt: skip
 
@@ -123,7 +158,8 @@ def published(model: DiffusionModel, work: Work, method: Any, points: int) -> No
         parameter.requires_grad_(True)
     optimiser = torch.optim.Adam(chosen, lr=1e-8)
     one, depths = rows_of(model, 1), work.walk(method)
-    two = rows_of(model, 2)
+    two, side = rows_of(model, 2), model.latent_shape[1] * model.layout.scale_factor
+    picture = np.zeros((1, side, side, 3), np.uint8)
     try:
         for point in range(points):
             with torch.no_grad():
@@ -133,9 +169,12 @@ def published(model: DiffusionModel, work: Work, method: Any, points: int) -> No
                     model.layout.predict(*(two if work.guided else one))
                 for _ in range(work.asked):
                     model.layout.predict(*one)
+                for _ in range(work.encoded):
+                    model.latents_of(picture)
             loss = sum(model.layout.predict(*one).square().mean() for _ in range(work.students))
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[union-attr]
+            for last in [False] * bool(work.again(method)) + [True]:
+                loss.backward(retain_graph=not last)  # type: ignore[union-attr]
             optimiser.step()
     finally:
         with torch.no_grad():
@@ -151,9 +190,11 @@ def published(model: DiffusionModel, work: Work, method: Any, points: int) -> No
 def built(id: str, work: Work, scale: int) -> Any:
     """The method under its preset for the world, shortened; ``scale`` divides steps and bank."""
     short = {
-        name: max(2, value // scale) if name in ("steps", "bank") and value else value
+        name: max(2, value // scale) if name in ("steps", "bank", "pictures") and value else value
         for name, value in work.settings.items()
     }
+    if "warm_up" in short:
+        short["warm_up"] = min(short["warm_up"], short["steps"] - 1)
     return catalogue.resolve(id).configured("world", **short)
 
 
@@ -169,7 +210,7 @@ def measured(model: DiffusionModel, id: str, options: argparse.Namespace) -> dic
     for rows in options.rows:
         works[f"frozen {rows}"] = functools.partial(frozen, model, rows, total)
         works[f"student {rows}"] = functools.partial(student, model, work.layers, rows, total)
-    forward, trained = work.forward(method), work.trained(method)
+    forward, trained, again = (count(method) for count in (work.forward, work.trained, work.again))
     ratios: dict[str, list[float]] = {name: [] for name in TARGETS}
     counted: dict[str, int] = {}
     for number, one in enumerate(interleaved(works, options.rounds), 1):
@@ -182,6 +223,7 @@ def measured(model: DiffusionModel, id: str, options: argparse.Namespace) -> dic
             side: edit.manifest.cost.get(f"denoiser.{side}", 0) for side in ("forward", "backward")
         }
         floor = forward * best["frozen"] + trained * best["student"]
+        floor += again * (best["student"] - best["frozen"])
         ratios["over_floor"].append(seconds / floor)
         points = trained / work.students
         ratios["over_published"].append(one["published"][0] / options.points * points / seconds)
@@ -194,8 +236,8 @@ def measured(model: DiffusionModel, id: str, options: argparse.Namespace) -> dic
             "over_published": median["over_published"] >= TARGETS["over_published"],
         },
         "rows": {
-            "forward_needed": forward, "forward_counted": counted["forward"] - counted["backward"],
-            "trained_needed": trained, "trained_counted": counted["backward"],
+            "forward_needed": forward, "forward_counted": counted["forward"] - trained,
+            "backward_needed": trained + again, "backward_counted": counted["backward"],
         },
         "settings": {k: getattr(method, k) for k in work.settings},
         "rounds": ratios,

@@ -51,7 +51,7 @@ def test_fine_tunes_run_the_passes_that_were_counted_by_hand(finetuning, tmp_pat
     said = capsys.readouterr().out
     for id, one in found["arms"].items():
         rows = one["rows"]
-        assert rows["trained_counted"] == rows["trained_needed"], id
+        assert rows["backward_counted"] == rows["backward_needed"], id
         # Depths are random: a short bank may walk twice the mean, or almost nothing.
         assert (
             0.3 * rows["forward_needed"] <= rows["forward_counted"] <= 2 * rows["forward_needed"]

@@ -306,3 +306,9 @@ def test_half_precision_trains_and_projects():
     method = AllButOne(steps=3, sampling_steps=4, batch=2, bank=4, lr=1e-3, projected=True)
     report = method.erase(model, STAR).manifest.report
     assert report["unconditional_drift"] > 0 and 0 <= report["conflicts"] <= 1
+
+
+@pytest.mark.parametrize("goal", ["away", "zero"])
+def test_an_alternative_that_would_have_no_part_is_refused(goal):
+    with pytest.raises(SettingError, match="has no part"):
+        AllButOne(goal=goal, alternative="circle", steps=1).erase(tiny_diffusion(), "star")

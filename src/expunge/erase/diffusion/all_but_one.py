@@ -147,6 +147,10 @@ class AllButOne(Eraser):
 
     def _goals(self, concepts: Sequence[Concept]) -> dict[str, tuple[str, float]]:
         """Text that is erased -> ``(text, factor)``: its guidance term becomes the factor times the other's."""
+        if self.alternative is not None and self.goal in ("away", "zero"):
+            raise SettingError(
+                f"{self.id}: alternative={self.alternative!r} has no part in goal={self.goal!r}; leave one out"
+            )
         erased = {name.lower() for concept in concepts for name in concept.names}
         found = {}
         for concept in concepts:
@@ -253,6 +257,8 @@ class _Surgery(finetune.Task):
         if self.method.projected:
             self._protect(drift)
             passes, drift = 2, drift.detach()
+        if not self.method.constraint:
+            drift = drift.detach()
         self.model.cost.add("denoiser", passes * len(made), "backward")
         return {"denoiser": term + self.method.constraint * drift}
 
