@@ -25,11 +25,17 @@ def weights() -> Path:
     return Path(__file__).resolve().parent / "weights"
 
 
+TRAINED_BY = {"unet": "diffusion", "scheduler": "diffusion", "vae": "autoencoder"}
+"""Trainers of weights that are not called as their folder is."""
+
+
 def _need(folder: Path) -> str:
     if not folder.is_dir():
+        where = folder.relative_to(weights())
+        trainer = TRAINED_BY.get(where.parts[0], where.parts[0])
         raise ModelError(
-            f"the world's weights have no {folder.relative_to(weights())}; train it with "
-            f"`python -m expunge.world.train.diffusion` or reinstall the package"
+            f"the world's weights have no {where}; train it with `python -m expunge.world.train.{trainer}` or "
+            "reinstall the package"
         )
     return str(folder)
 
