@@ -69,7 +69,7 @@ class ConceptAblation(Eraser):
         "paper:memorization": {
             "pairing": "memorization", "parameters": "full-weight", "steps": 400, "lr": 4e-6,
         },
-        # Chosen on 32 development prompts of star: nothing left, the anchor in 81 %, 97 % of the untold neighbours kept.
+        # Chosen on 32 development prompts of star: nothing left, anchor in 81 %, 97 % of untold neighbours kept.
         # At 1e-4 a fifth is left, at 5e-4 the anchor itself is lost.
         "world": {
             "pairing": "object", "steps": 200, "lr": 2e-4, "batch": 16, "pictures": 160,
