@@ -136,6 +136,11 @@ def as_concepts(concepts: Concept | str | Iterable[Concept | str]) -> tuple[Conc
     return found
 
 
+def names_of(entries: Iterable[Any]) -> list[str]:
+    """Names of concepts, and whatever else was given as text: what a record says was to be kept."""
+    return [str(getattr(entry, "name", entry)) for entry in entries]
+
+
 def common_kind(concepts: Iterable[Concept]) -> str | None:
     """The kind that all of them have, or ``None`` where they differ."""
     kinds = {concept.kind for concept in concepts}

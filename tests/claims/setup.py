@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -120,17 +120,18 @@ def spread(names: Sequence[str], seed: int, pictures: int = PICTURES) -> list[Pr
     return [prompt for name in names for prompt in make(name, each, seed=seed, split="test")]
 
 
-def kept(model: Any) -> np.ndarray:
-    """Hits of the untold neighbours on their own prompts."""
+def kept_of(opened: Callable[[int], contextlib.AbstractContextManager[Any]]) -> np.ndarray:
+    """Hits of the untold neighbours on their own prompts; every seed's on the model that it opens."""
     found = []
     for seed in SEEDS:
-        listed = spread(neighbours(), seed)
-        pictures = drawn(model, listed)
-        for name in neighbours():
-            own = [i for i, prompt in enumerate(listed) if prompt.concept == name]
-            asked = [listed[i] for i in own]
-            found.append(judge().judge(pictures[own], world().companions.concept(name), asked).hit)
+        with opened(seed) as model:
+            found.append(own_hits(model, spread(neighbours(), seed)))
     return np.concatenate(found)
+
+
+def kept(model: Any) -> np.ndarray:
+    """:func:`kept_of` one model for all seeds."""
+    return kept_of(lambda seed: contextlib.nullcontext(model))
 
 
 def attacks(method: Any, model: Any, each: int = ITEMS, allowance: str = "world") -> list[Attempts]:

@@ -88,13 +88,8 @@ def turned(t_prime: int) -> Any:
 @functools.cache
 def kept(mask: str | None) -> np.ndarray:
     """Hits of the untold neighbours; ``None``: the original."""
-    found = []
-    for seed in setup.SEEDS:
-        listed = setup.spread(setup.neighbours(), seed)
-        name, settings = ("original", {}) if mask is None else ("ant", masked(mask))
-        with setup.arm(name, seed, **settings) as model:
-            found.append(setup.own_hits(model, listed))
-    return np.concatenate(found)
+    name, settings = ("original", {}) if mask is None else ("ant", masked(mask))
+    return setup.kept_of(lambda seed: setup.arm(name, seed, **settings))
 
 
 @functools.cache

@@ -72,17 +72,7 @@ def attacked(arm: str) -> np.ndarray:
 
 @functools.cache
 def kept(arm: str) -> np.ndarray:
-    found = []
-    companions = setup.world().companions
-    for seed in setup.SEEDS:
-        listed = setup.spread(setup.neighbours(), seed)
-        with setup.arm("co-erasing", seed, **ARMS[arm]) as model:
-            pictures = setup.drawn(model, listed)
-        for name in setup.neighbours():
-            own = [i for i, prompt in enumerate(listed) if prompt.concept == name]
-            asked = [listed[i] for i in own]
-            found.append(setup.judge().judge(pictures[own], companions.concept(name), asked).hit)
-    return np.concatenate(found)
+    return setup.kept_of(lambda seed: setup.arm("co-erasing", seed, **ARMS[arm]))
 
 
 def test_erases() -> None:

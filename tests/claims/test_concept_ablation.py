@@ -49,16 +49,7 @@ def shown(arm: str, name: str) -> np.ndarray:
 
 @functools.cache
 def kept(arm: str) -> np.ndarray:
-    judge, found = setup.judge(), []
-    for seed in setup.SEEDS:
-        listed = setup.spread(setup.neighbours(), seed)
-        with edited(arm, seed) as model:
-            pictures = setup.drawn(model, listed)
-        for name in setup.neighbours():
-            own = [i for i, prompt in enumerate(listed) if prompt.concept == name]
-            concept = setup.world().companions.concept(name)
-            found.append(judge.judge(pictures[own], concept, [listed[i] for i in own]).hit)
-    return np.concatenate(found)
+    return setup.kept_of(lambda seed: edited(arm, seed))
 
 
 def test_the_anchor_takes_the_concepts_place() -> None:

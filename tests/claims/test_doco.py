@@ -57,16 +57,7 @@ def shown(arm: str, *routes: str) -> np.ndarray:
 @functools.cache
 def kept(arm: str) -> np.ndarray:
     name, settings = ARMS[arm]
-    found = []
-    for seed in setup.SEEDS:
-        listed = setup.spread(setup.neighbours(), seed)
-        with setup.arm(name, seed, **settings) as model:
-            pictures = setup.drawn(model, listed)
-        for other in setup.neighbours():
-            own = [i for i, prompt in enumerate(listed) if prompt.concept == other]
-            concept = setup.world().companions.concept(other)
-            found.append(setup.judge().judge(pictures[own], concept, [listed[i] for i in own]).hit)
-    return np.concatenate(found)
+    return setup.kept_of(lambda seed: setup.arm(name, seed, **settings))
 
 
 UNSEEN = ("phrase", "unlisted")

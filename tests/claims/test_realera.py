@@ -89,16 +89,7 @@ def residue(name: str) -> np.ndarray:
 @functools.cache
 def kept(name: str) -> np.ndarray:
     """Hits of the objects nobody named, on their own prompts."""
-    found, world = [], setup.world().companions
-    for seed in setup.SEEDS:
-        listed = setup.spread(setup.neighbours(), seed)
-        with on(name, seed) as model:
-            pictures = setup.drawn(model, listed)
-        for other in setup.neighbours():
-            own = [i for i, prompt in enumerate(listed) if prompt.concept == other]
-            asked = [listed[i] for i in own]
-            found.append(setup.judge().judge(pictures[own], world.concept(other), asked).hit)
-    return np.concatenate(found)
+    return setup.kept_of(lambda seed: on(name, seed))
 
 
 def test_the_name_is_gone_in_every_arm() -> None:

@@ -39,11 +39,7 @@ def star(mask: str | None, shown: str = "star") -> np.ndarray:
 @functools.cache
 def kept(mask: str | None) -> np.ndarray:
     """Hits of the untold neighbours on their own prompts."""
-    found = []
-    for seed in setup.SEEDS:
-        with arm(mask, seed) as model:
-            found.append(setup.own_hits(model, setup.spread(setup.neighbours(), seed)))
-    return np.concatenate(found)
+    return setup.kept_of(lambda seed: arm(mask, seed))
 
 
 def arm(mask: str | None, seed: int):

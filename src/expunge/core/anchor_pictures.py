@@ -307,13 +307,13 @@ class Material:
         self.rows: list[tuple[int, str, str | None]] = []
         for number, own in enumerate(shown):
             pictures, sizes = own.pictures, [None] * len(own)
-            plain.append(latents_of(model, pictures))
+            plain.append(model.latents_of(pictures))
             valid = np.ones((len(own), *model.latent_shape[1:]), bool)
             if method.augment and self.kinds[number] == "object":
                 cell = pictures.shape[1] // model.latent_shape[1]
                 draw = noise_generator(seed, "augmentation", number)
                 pictures, valid, sizes = augmented(pictures, cell, draw)  # type: ignore[assignment]
-            latents.append(plain[-1] if pictures is own.pictures else latents_of(model, pictures))
+            latents.append(plain[-1] if pictures is own.pictures else model.latents_of(pictures))
             masks.append(torch.from_numpy(valid)[:, None].to(model.device, torch.float32))
             self.rows += [
                 (number, text, size) for text, size in zip(own.captions, sizes, strict=True)
@@ -363,11 +363,3 @@ class Material:
             return text
         said = PREFIXES[size]
         return said[int(torch.randint(len(said), (1,), generator=draw))] + text
-
-
-def latents_of(model: DiffusionModel, pictures: np.ndarray, batch: int = 64) -> Tensor:
-    """Scaled latents, encoded ``batch`` pictures at a time."""
-    with torch.no_grad():
-        return torch.cat(
-            [model.latents_of(pictures[i : i + batch]) for i in range(0, len(pictures), batch)]
-        )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..concept import names_of
 from ..errors import PromptError, SettingError
 from ..method import Judge, Prompt, Verdicts
 
@@ -159,7 +160,7 @@ def pairs_for(
         if concept.texts != getattr(known(concept.name), "texts", ())
         for text in concept.texts
     ]
-    names = [str(getattr(k, "name", k)) for k in keep]
+    names = names_of(keep)
     asked = source is not None and len(given) < 2 and all(known(c.name) for c in concepts)
     found = source(concepts, keep=names) if asked and source is not None else {}
     forget = given.get("forget") or own

@@ -71,7 +71,7 @@ def fit(
     """
     groups, modules = task.parameters(), list(modules)
     check_groups(groups)
-    with restored(groups, modules, loop.training) as before, torch.enable_grad():
+    with restored(groups, modules, loop.training) as before:
         return Session(
             task, loop, groups, seed, run, settings or {}, label, before, _float16(groups, modules)
         ).train()

@@ -15,13 +15,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import SettingError
+from .training import HALF_SCALE
 
-__all__ = ["FORMS", "projected"]
+__all__ = ["FORMS", "gradients_of", "projected"]
 
 FORMS = ("exact", "official")
+
+
+def gradients_of(loss: Tensor, pairs: Sequence[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    """Gradients of a loss, float32 by tensor name, its graph kept; tensors it does not depend on are left out."""
+    names, parameters = zip(*pairs, strict=True)
+    # Scaled as the loop scales its losses: in float16 small gradients would vanish.
+    found = torch.autograd.grad(HALF_SCALE * loss, parameters, retain_graph=True, allow_unused=True)
+    return {n: g.float() / HALF_SCALE for n, g in zip(names, found, strict=True) if g is not None}
 
 
 def projected(

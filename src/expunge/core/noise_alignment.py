@@ -18,7 +18,7 @@ from ..edit import Edit, deltas
 from ..errors import MissingPart, UnsupportedModel
 from ..models.diffusion import DiffusionModel
 from ..models.types import Condition
-from . import finetune, trajectories
+from . import finetune, scores, trajectories
 from .low_rank import LowRank
 from .neighbour_mining import free_rows, mine
 from .projections import Projections
@@ -137,7 +137,8 @@ class Alignment(finetune.Task):
             terms.append((self.concept.select(points.which), y, 1))
         latents = [points.repeat(each) for _, _, each in terms]
         with self.student():
-            made = self._epsilon(
+            made = scores.epsilon(
+                self.model,
                 trajectories.Trajectories.concatenate(latents),
                 Condition.concatenate([c for c, _, _ in terms]),
             )
@@ -152,7 +153,7 @@ class Alignment(finetune.Task):
     def teacher(self, points: trajectories.Trajectories, condition: Condition) -> Tensor:
         """What the model predicts without both changes."""
         with torch.no_grad():
-            return self._epsilon(points, condition)
+            return scores.epsilon(self.model, points, condition)
 
     def targets(self, points: trajectories.Trajectories, batch: int = 64) -> Tensor:
         """``y`` of each point."""
@@ -202,11 +203,6 @@ class Alignment(finetune.Task):
             for e, which in zip(rows.embeddings, points.which, strict=True)
         ]  # fmt: skip
         return rows.repeat(each).with_embeddings(torch.cat(found))
-
-    def _epsilon(self, points: trajectories.Trajectories, condition: Condition) -> Tensor:
-        made = self.model.predict(points.latents, points.timesteps, condition)
-        # Squares of small differences vanish in half precision.
-        return made.epsilon(points.latents).float()
 
 
 def _fixed(model: DiffusionModel, stage: Edit) -> LowRank:

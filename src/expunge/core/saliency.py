@@ -13,10 +13,9 @@ over prompts and seeds).
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from ..errors import NonFiniteError, SettingError
 from .checkpoints import Checkpoint, CheckpointFile
 from .progress import Progress
-from .training import HALF_SCALE
+from .training import HALF_SCALE, differentiable
 
 if TYPE_CHECKING:
     from ..models.base import Model
@@ -49,29 +48,6 @@ CHOICES = ("salient", "least", "none")
 Masks = dict[str, Tensor]
 
 BINS = 2**16
-
-
-@contextlib.contextmanager
-def _differentiable(model: Model, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients of ``parameters`` only, in eval mode; flags and modes come back at the end."""
-    modules = list(model.parts().values())
-    own = {id(p): p for module in modules for p in module.parameters()}
-    own.update({id(p): p for p in parameters})
-    flags = [(p, p.requires_grad) for p in own.values()]
-    modes = [(m, m.training) for module in modules for m in module.modules()]
-    chosen = {id(p) for p in parameters}
-    try:
-        for parameter in own.values():
-            parameter.requires_grad_(id(parameter) in chosen)
-        for module in modules:
-            module.eval()
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
 
 
 def summed_gradients(
@@ -100,7 +76,7 @@ def summed_gradients(
     )
     scale = HALF_SCALE if half else 1.0
     total = {name: torch.zeros(p.shape, device=p.device) for name, p in pairs}
-    with _differentiable(model, parameters):
+    with differentiable(parameters, model.parts().values()):
         for loss in losses:
             found = torch.autograd.grad(loss() * scale, parameters, allow_unused=True)
             for (name, _), gradient in zip(pairs, found, strict=True):

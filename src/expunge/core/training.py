@@ -23,7 +23,7 @@ from .checkpoints import Checkpoint, CheckpointFile
 from .progress import Progress
 from .tasks import Groups, Loop, Optimiser, Step, Task, Trained
 
-__all__ = ["HALF_SCALE", "Session", "check_groups", "checked_masks", "restored"]
+__all__ = ["HALF_SCALE", "Session", "check_groups", "checked_masks", "differentiable", "restored"]
 
 HALF_SCALE = 256.0
 """Loss scale where float16 weights take part: a power of two, so scaling and unscaling are exact."""
@@ -62,36 +62,49 @@ def checked_masks(
 
 
 @contextlib.contextmanager
-def restored(
-    groups: Groups, modules: Iterable[nn.Module], training: bool
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Freeze what is not trained; at the end put back values, gradients, flags, modes and buffers."""
-    trained = [parameter for pairs in groups.values() for _, parameter in pairs]
-    modules = list(modules)
+def differentiable(
+    parameters: Iterable[nn.Parameter], modules: Iterable[nn.Module], training: bool = False
+) -> Iterator[None]:
+    """Gradients of ``parameters`` alone; at the end flags, gradients and modes are as before."""
+    modules, parameters = list(modules), list(parameters)
     own = {id(p): p for module in modules for p in module.parameters()}
-    own.update({id(p): p for p in trained})
+    own.update({id(p): p for p in parameters})
     flags = [(p, p.requires_grad, p.grad) for p in own.values()]
     modes = [(m, m.training) for module in modules for m in module.modules()]
-    buffers = [(b, b.detach().clone()) for module in modules for b in module.buffers()]
-    before = {name: p.detach().clone() for pairs in groups.values() for name, p in pairs}
-    values = zip(trained, before.values(), strict=True)
-    chosen = {id(p) for p in trained}
+    chosen = {id(p) for p in parameters}
     try:
         for parameter in own.values():
             parameter.grad = None
             parameter.requires_grad_(id(parameter) in chosen)
         for module in modules:
             module.train(training)
-        yield before
+        with torch.enable_grad():
+            yield
     finally:
-        with torch.no_grad():
-            for tensor, value in (*values, *buffers):
-                tensor.copy_(value)
         for parameter, flag, gradient in flags:
             parameter.requires_grad_(flag)
             parameter.grad = gradient
         for module, mode in modes:
             module.training = mode
+
+
+@contextlib.contextmanager
+def restored(
+    groups: Groups, modules: Iterable[nn.Module], training: bool
+) -> Iterator[dict[str, torch.Tensor]]:
+    """:func:`differentiable` for what is trained; at the end its values and all buffers are back, too."""
+    trained = [parameter for pairs in groups.values() for _, parameter in pairs]
+    modules = list(modules)
+    buffers = [(b, b.detach().clone()) for module in modules for b in module.buffers()]
+    before = {name: p.detach().clone() for pairs in groups.values() for name, p in pairs}
+    values = zip(trained, before.values(), strict=True)
+    with differentiable(trained, modules, training):
+        try:
+            yield before
+        finally:
+            with torch.no_grad():
+                for tensor, value in (*values, *buffers):
+                    tensor.copy_(value)
 
 
 class _Group:

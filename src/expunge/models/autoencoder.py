@@ -57,14 +57,14 @@ def latents_of(vae: Any, pictures: np.ndarray, device: torch.device, wide: bool 
         device: Where the autoencoder is.
         wide: Compute in float32 where a float16 autoencoder asks for it.
     """
-    pixels = (
-        torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    )
+    # Numbers are made of a few pictures at a time: of a thousand large ones they would take gigabytes.
+    parts = torch.from_numpy(np.ascontiguousarray(pictures)).split(_few(64, *pictures.shape[1:3]))
+    pixels = (part.permute(0, 3, 1, 2).float() / 127.5 - 1 for part in parts)
     with _widened(vae, wide):
-        few = _few(64, *pictures.shape[1:3])
-        found = [vae.encode(p.to(device, vae.dtype)) for p in pixels.split(few)]
-    parts = [f.latent_dist.mean if hasattr(f, "latent_dist") else f.latent for f in found]
-    latents = torch.cat(parts)
+        found = [vae.encode(part.to(device, vae.dtype)) for part in pixels]
+    latents = torch.cat(
+        [f.latent_dist.mean if hasattr(f, "latent_dist") else f.latent for f in found]
+    )
     shift, scale = _statistics(vae, latents)
     return (latents - shift) * scale
 

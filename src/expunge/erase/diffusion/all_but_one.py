@@ -37,12 +37,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...concept import Concept, as_concepts
+from ...concept import Concept, as_concepts, names_of
 from ...core import finetune, scores
-from ...core.gradient_surgery import projected
+from ...core.gradient_surgery import gradients_of, projected
 from ...core.layer_choice import LAYERS, trainable
 from ...core.projections import kept_texts
-from ...core.training import HALF_SCALE
 from ...core.trajectories import Trajectories
 from ...edit import Edit
 from ...errors import SettingError
@@ -139,7 +138,7 @@ class AllButOne(Eraser):
             task,
             finetune.Loop(steps=self.steps, optimiser=finetune.Optimiser(lr=self.lr)),
             seed=seed,
-            keep=[str(getattr(k, "name", k)) for k in keep],
+            keep=names_of(keep),
             run=run,
             cost_before=counted,
             report=task.report,
@@ -255,25 +254,12 @@ class _Surgery(finetune.Task):
         self.now = (float(term.detach()), float(drift.detach()), float("nan"))
         passes = 1
         if self.method.projected:
-            self._protect(drift)
+            self.protected = gradients_of(drift, self.trained)
             passes, drift = 2, drift.detach()
         if not self.method.constraint:
             drift = drift.detach()
         self.model.cost.add("denoiser", passes * len(made), "backward")
         return {"denoiser": term + self.method.constraint * drift}
-
-    def _protect(self, drift: Tensor) -> None:
-        """Keep the gradient of L_u for :meth:`gradients`."""
-        names, parameters = zip(*self.trained, strict=True)
-        # Scaled as the loop scales its losses: in float16 small gradients would vanish.
-        found = torch.autograd.grad(
-            HALF_SCALE * drift, parameters, retain_graph=True, allow_unused=True
-        )
-        self.protected = {
-            name: gradient.float() / HALF_SCALE
-            for name, gradient in zip(names, found, strict=True)
-            if gradient is not None
-        }
 
     def gradients(self, step: finetune.Step, group: str, gradients: dict[str, Tensor]) -> None:
         """The projected gradient of L_g plus lambda times that of L_u."""

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...concept import Concept, as_concepts
+from ...concept import Concept, as_concepts, names_of
 from ...core import finetune, scores
 from ...core.image_prompts import ImagePrompts, refined, text_only, with_image
 from ...core.layer_choice import trainable
@@ -131,7 +131,7 @@ class CoErasing(Eraser):
         model.check_family(self)
         model.needs("gradients", "generate")
         wanted, counted, start = as_concepts(concepts), model.cost.snapshot(), time.monotonic()
-        kept = [str(getattr(k, "name", k)) for k in keep]
+        kept = names_of(keep)
         branch = None if self.evidence == "text" else _branch(model, data)
         digest = None if branch is None else _digest(branch)
         tokens = [] if branch is None else [self._tokens(model, branch, c, seed) for c in wanted]

@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...concept import as_concepts
+from ...concept import as_concepts, names_of
 from ...core import anchor_pictures as anchored
 from ...core import finetune, scores
 from ...core.first_token import first_token_held
@@ -132,7 +132,7 @@ class ConceptAblation(Eraser):
         with task.held():
             return finetune.train_edit(
                 self, model, wanted, task, finetune.Loop(self.steps, adamw), seed=seed,
-                keep=[str(getattr(k, "name", k)) for k in keep], run=run,
+                keep=names_of(keep), run=run,
                 data_digest=material.digest, cost_before=counted, report=material.report,
             )  # fmt: skip
 

@@ -35,13 +35,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ...concept import as_concepts
+from ...concept import as_concepts, names_of
 from ...core import anchor_pictures as anchored
 from ...core import finetune, gradient_surgery
 from ...core.first_token import first_token_held
 from ...core.layer_choice import LAYERS, trainable
 from ...core.patch_discriminator import PatchDiscriminator
-from ...core.training import HALF_SCALE
 from ...core.trajectories import Trajectories
 from ...edit import Edit
 from ...method import Eraser, Judge, setting
@@ -137,7 +136,7 @@ class DoCo(Eraser):
         model.check_family(self)
         model.needs("gradients")
         wanted = as_concepts(concepts)
-        counted = model.cost.snapshot()
+        counted, kept = model.cost.snapshot(), names_of(keep)
         material = anchored.Material(model, wanted, self, data, seed)
         task = _Correction(self, model, material, seed)
         adamw = finetune.Optimiser(self.lr, "adamw", weight_decay=self.weight_decay)
@@ -146,14 +145,12 @@ class DoCo(Eraser):
         with first_token_held(model, task.trained):
             trained = finetune.fit(
                 task, loop, seed=seed, modules=(*model.parts().values(), task.judge), run=run,
-                settings=finetune.request(self, model, wanted, keep=[str(getattr(k, "name", k)) for k in keep],
-                                          data=material.digest),
-                label=self.id,
+                settings=finetune.request(self, model, wanted, keep=kept, data=material.digest), label=self.id,
             )  # fmt: skip
         own = [name for name, _ in task.trained]
         return finetune.edit_from(
             self, model, wanted, {n: trained.before[n] for n in own}, {n: trained.values[n] for n in own},
-            keep=[str(getattr(k, "name", k)) for k in keep], seed=seed, cost=model.cost.since(counted),
+            keep=kept, seed=seed, cost=model.cost.since(counted),
             seconds=trained.seconds, report={**trained.report(), **material.report, **task.report()},
             data_digest=material.digest,
         )  # fmt: skip
@@ -213,7 +210,7 @@ class _Correction(finetune.Task):
         )
         losses = {"denoiser": adversarial}
         if self.method.surgery:
-            self._protect(prior)
+            self.protected = _clipped(gradient_surgery.gradients_of(prior, self.trained))
         else:
             losses["denoiser"] = adversarial + UNGUARDED * self.method.prior_weight * prior
         found = self._discriminated(real, fake.detach(), batch.points)
@@ -242,16 +239,6 @@ class _Correction(finetune.Task):
             functional.binary_cross_entropy_with_logits(a, g)
             for a, g in zip(answers, goals, strict=True)
         )  # type: ignore[return-value]
-
-    def _protect(self, prior: Tensor) -> None:
-        """Keep the gradient of L_prior for :meth:`gradients`."""
-        names, parameters = zip(*self.trained, strict=True)
-        found = torch.autograd.grad(
-            HALF_SCALE * prior, parameters, retain_graph=True, allow_unused=True
-        )
-        self.protected = _clipped(
-            {n: g.float() / HALF_SCALE for n, g in zip(names, found, strict=True) if g is not None}
-        )
 
     def gradients(self, step: finetune.Step, group: str, gradients: dict[str, Tensor]) -> None:
         """The surgery, on the student's gradient only."""

@@ -35,7 +35,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ...concept import Concept, as_concepts
+from ...concept import Concept, as_concepts, names_of
 from ...core import finetune, scores
 from ...core.layer_choice import trainable
 from ...core.trajectories import Trajectories
@@ -113,7 +113,7 @@ class ESD(Eraser):
             task,
             finetune.Loop(steps=self.steps, optimiser=finetune.Optimiser(lr=self.lr)),
             seed=seed,
-            keep=[str(getattr(k, "name", k)) for k in keep],
+            keep=names_of(keep),
             run=run,
             cost_before=counted,
         )

@@ -42,7 +42,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...concept import Concept, as_concepts
+from ...concept import Concept, as_concepts, names_of
 from ...core import finetune, scores
 from ...core.detections import Detected, detected
 from ...core.layer_choice import LAYERS, trainable
@@ -59,8 +59,6 @@ __all__ = ["GeomErasing"]
 
 ROWS = "tokens.text_encoder"
 """Name of the new rows, in the edit and in checkpoints."""
-
-BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +162,7 @@ class GeomErasing(Eraser):
             guidance=self.guidance,
         )  # fmt: skip
         task = _Places(self, model, wanted, words, found, seed)
-        kept = [str(getattr(k, "name", k)) for k in keep]
+        kept = names_of(keep)
         tokens = finetune.Optimiser(name="adamw", lr=self.lr)
         denoiser = finetune.Optimiser(name="adamw", lr=self.denoiser_lr)
         trained = finetune.fit(
@@ -258,13 +256,7 @@ class _Places(finetune.Task):
             )
         self.ids = torch.tensor([self.texts[i].ids for i in chosen])
         self.weights = torch.stack([self._weights(groups[i]) for i in chosen])
-        with torch.no_grad():
-            self.latents = torch.cat(
-                [
-                    model.latents_of(found.pictures[chosen[k : k + BATCH]]).cpu()
-                    for k in range(0, len(chosen), BATCH)
-                ]
-            )
+        self.latents = model.latents_of(found.pictures[chosen]).cpu()
         self.rows = nn.Parameter(self._start(seed))
 
     def _said(self, groups: Mapping[str, Mapping[int, float]]) -> dict[str, Mapping[int, float]]:

@@ -52,7 +52,7 @@ import torch
 from torch import Tensor, nn
 
 from ...concept import Concept, as_concepts
-from ...core import examples, finetune, mentions, trajectories
+from ...core import examples, finetune, mentions, scores, trajectories
 from ...core.closed_form import Moments
 from ...core.projections import (
     Projections,
@@ -346,14 +346,14 @@ class _Contrast(finetune.Task):
         )
         which = self.points.which
         conditions = self.replacing.select(which), self.erased.select(which), self._none(count)
-        safe, unsafe, none = (self._frozen(self.points, c) for c in conditions)
+        safe, unsafe, none = (scores.asked(model, self.points, [c])[0] for c in conditions)
         g = method.target_guidance
         self.safe, self.unsafe = (f + g * (f - none) for f in (safe, unsafe))
         self.held = torch.empty(0)
 
     def prepare(self) -> None:
         """Ask ``eps1``, which the model is now, about the unconditional points."""
-        self.held = self._frozen(self.still, self._none(len(self.still.which)))
+        [self.held] = scores.asked(self.model, self.still, [self.empty])
 
     def parameters(self) -> finetune.Groups:
         return {"attention": self.trained}
@@ -365,12 +365,14 @@ class _Contrast(finetune.Task):
             torch.arange(step.index * size, (step.index + 1) * size) % len(points.which)
             for size, points in ((n, self.points), (n * method.keep_batch, self.still))
         )
-        z, u = self.points.latents[pick], self.still.latents[still]
-        t, v = self.points.timesteps[pick], self.still.timesteps[still]
-        condition = Condition.concatenate(
-            [self.erased.select(self.points.which[pick]), self._none(n + len(still))]
+        unsafe_points = self.points.select(pick)
+        everything = trajectories.Trajectories.concatenate(
+            [unsafe_points, unsafe_points, self.still.select(still)]
         )
-        made = self._epsilon(torch.cat([z, z, u]), torch.cat([t, t, v]), condition)
+        condition = Condition.concatenate(
+            [self.erased.select(unsafe_points.which), self._none(n + len(still))]
+        )
+        made = scores.epsilon(self.model, everything, condition)
         self.model.cost.add("denoiser", len(made), "backward")
         safe, unsafe = self.safe[pick], self.unsafe[pick]
         erase = [
@@ -382,19 +384,3 @@ class _Contrast(finetune.Task):
 
     def _none(self, count: int) -> Condition:
         return self.empty.repeat(count)
-
-    @torch.no_grad()
-    def _frozen(
-        self, points: trajectories.Trajectories, condition: Condition, batch: int = 64
-    ) -> Tensor:
-        """What the model, as it is now, says of all points."""
-        parts = [slice(start, start + batch) for start in range(0, len(points.which), batch)]
-        return torch.cat(
-            [
-                self._epsilon(points.latents[p], points.timesteps[p], condition.select(p))
-                for p in parts
-            ]
-        )
-
-    def _epsilon(self, latents: Tensor, times: Tensor, condition: Condition) -> Tensor:
-        return self.model.predict(latents, times, condition).epsilon(latents).float()

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ...concept import as_concepts
+from ...concept import as_concepts, names_of
 from ...core import answers, finetune
 from ...edit import Edit
 from ...method import Eraser, Judge, setting
@@ -106,7 +106,7 @@ class GradDiff(Eraser):
             _Difference(self, model, pairs, seed),
             loop,
             seed=seed,
-            keep=[str(getattr(k, "name", k)) for k in keep],
+            keep=names_of(keep),
             run=run,
             data_digest=answers.digest(pairs),
         )

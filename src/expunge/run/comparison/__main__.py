@@ -80,20 +80,15 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in _list(text)]
 
 
-def methods(named: Sequence[str] | None, default: Sequence[Choice] = ()) -> list[Choice]:
+def methods(named: Sequence[str] | None) -> list[Choice]:
     """The methods asked for; what is only planned is said in a sentence and left out.
-
-    Args:
-        named: As on the command line; ``None`` takes the default.
-        default: Default: :func:`default_methods`.
 
     Raises:
         CatalogueError: An id that nobody registered.
         SettingError: A wrong setting, a method for something else, or nothing left.
     """
     found = []
-    otherwise = list(default) or default_methods()
-    for choice in otherwise if named is None else [Choice.parse(name) for name in named]:
+    for choice in default_methods() if named is None else [Choice.parse(name) for name in named]:
         if catalogue.system(choice.id).class_path is None:
             print(f"{choice.id} is planned, not implemented yet; it is left out", file=sys.stderr)
             continue
@@ -165,7 +160,7 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         # Mistakes in names show before the model is opened.
         chosen, searches = methods(options.methods), attacks(options.attacks)
-        many = methods(options.methods, closed_forms())
+        many = chosen if options.methods is not None else closed_forms()
         bench = Bench(load(options.model), options.cache, options.split)
         work = list(cells(options, bench, chosen, searches, many))
         for place, cell in enumerate(work, 1):
