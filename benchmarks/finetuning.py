@@ -33,8 +33,11 @@ import torch
 
 from expunge import Concept, catalogue, load
 from expunge.core.layer_choice import trainable
+from expunge.core.reversal import depths
 from expunge.models.diffusion import DiffusionModel
 from expunge.testing.bench import interleaved, machine, publish
+from expunge.testing.diffusion import tiny_image_prompts
+from expunge.world.adapter import STEPS
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {"over_floor": 1.2, "over_published": 2.0}
@@ -48,7 +51,8 @@ class Work:
 
     Attributes:
         settings: Changes to the preset for the world, for a short run.
-        layers: What trains, in the words of :func:`trainable`.
+        layers: What trains, in the words of :func:`trainable`; nothing: the texts' embeddings, which stand for what
+            is learnt before the denoiser.
         forward: Rows without gradients that the equations need, given the method.
         trained: Rows with gradients.
         walk: Guided steps of a point's walk in the published schedule, on average; 0 where points are noised pictures.
@@ -57,6 +61,7 @@ class Work:
         students: Student predictions of one point in the published schedule.
         again: Rows with gradients that a second backward pass goes through.
         encoded: Pictures that the published schedule encodes anew for each point.
+        data: What the method is given to learn from, of the model and the method.
     """
 
     settings: Mapping[str, Any]
@@ -69,6 +74,7 @@ class Work:
     students: int = 1
     again: Callable[[Any], float] = lambda method: 0.0
     encoded: int = 0
+    data: Callable[[DiffusionModel, Any], Any] = lambda model, method: None
 
 
 def depth(method: Any) -> float:
@@ -85,6 +91,43 @@ def surgery_rows(method: Any) -> float:
     """All but One's points, half of them again for the empty prompt (one branch) and for what is kept (both)."""
     empty, kept = (method.bank / 2 * (branches * depth(method) + 1) for branches in (1, 2))
     return float(method.bank * (2 * depth(method) + 2) + empty + kept)
+
+
+def late(method: Any) -> float:
+    """Guided steps of ANT's walks, on average: as deep as their point in the late range."""
+    low, high = depths(method.sampling_steps, method.t_prime)["erase"]
+    return (low + high - 1) / 2
+
+
+def maps(method: Any) -> int:
+    """Points of ANT's maps, a late and an early one of as many walks."""
+    return int(len(method.map_templates) * method.map_seeds * method.iterations)
+
+
+def noisy(model: DiffusionModel, count: int) -> np.ndarray:
+    """Pictures that stand for any: time does not depend on what they show."""
+    side = model.latent_shape[1] * model.layout.scale_factor
+    return np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
+
+
+def shown(model: DiffusionModel, method: Any) -> dict[str, Any]:
+    """SalUn's pictures of the concept and of the circle."""
+    count = method.pictures
+    return {
+        "pictures": {n: (noisy(model, count), None, [f"a {n}"] * count) for n in ("star", "circle")}
+    }
+
+
+def boxed(model: DiffusionModel, method: Any) -> dict[str, Any]:
+    """Geom-Erasing's pictures, each with a star in a corner."""
+    count, side = method.pictures, model.latent_shape[1] * model.layout.scale_factor
+    boxes = [[(1.0, (0.0, 0.0, side / 4, side / 4), "star")]] * count
+    return {"pictures": noisy(model, count), "captions": ["a house"] * count, "boxes": boxes}
+
+
+def branch(model: DiffusionModel, method: Any) -> Any:
+    """Co-Erasing's image-prompt branch: the world's own, else a random one of the denoiser's shape."""
+    return None if model.companions is not None else tiny_image_prompts(model)
 
 
 WORKS: dict[str, Work] = {
@@ -112,6 +155,29 @@ WORKS: dict[str, Work] = {
         trained=lambda m: 2 * m.batch * (m.steps - m.warm_up), walk=lambda m: 0.0, asked=1, students=2,
         again=lambda m: 2 * m.batch * (m.steps - m.warm_up), encoded=2,
     ),
+    # The mask asks about each picture with and without its caption; a step asks the frozen model about one picture
+    # and the student about it and a retained one.
+    "salun": Work(
+        {"steps": 60, "pictures": 32}, "full", forward=lambda m: m.steps * min(m.batch, m.pictures),
+        trained=lambda m: 2 * m.pictures + m.steps * (min(m.batch, m.pictures) + m.batch),
+        walk=lambda m: 0.0, asked=1, students=2, encoded=2, data=shown,
+    ),
+    # Two points of each walk, each asked with and without the concept; the maps have no term of the empty prompt.
+    "ant": Work(
+        {"steps": 40, "bank": 48}, "full", forward=lambda m: (maps(m) + m.bank) * (2 * late(m) + 4),
+        trained=lambda m: 2 * maps(m) + 4 * m.steps * m.batch, walk=late, asked=4, students=4,
+    ),
+    # Pictures first; then a bank for each of the two stages, whose walks have one branch, as guidance is 1.
+    "co-erasing": Work(
+        {"text_steps": 30, "steps": 30, "bank": 64, "count": 4}, "other",
+        forward=lambda m: m.count * 2 * STEPS + 2 * m.bank * (depth(m) + 2),
+        trained=lambda m: (m.text_steps + m.steps) * m.batch, walk=depth, data=branch,
+    ),
+    # Tokens alone train, through the denoiser: its gradients are those of its inputs.
+    "geom-erasing": Work(
+        {"steps": 60, "pictures": 64}, "", forward=lambda m: 0.0, trained=lambda m: m.steps * m.batch,
+        walk=lambda m: 0.0, asked=0, encoded=1, data=boxed,
+    ),
 }  # fmt: skip
 
 
@@ -132,9 +198,15 @@ def frozen(model: DiffusionModel, rows: int, total: int) -> None:
             model.layout.predict(*asked)
 
 
+def learnt(model: DiffusionModel, layers: str, asked: tuple[Any, ...]) -> list[Any]:
+    """What gradients are taken of: parameters, or the texts' embeddings."""
+    return [p for _, p in trainable(model, layers)] if layers else [asked[2].embeddings]
+
+
 def student(model: DiffusionModel, layers: str, rows: int, total: int) -> None:
     """The bare denoiser forward and backward to what a method trains."""
-    asked, chosen = rows_of(model, rows), [p for _, p in trainable(model, layers)]
+    asked = rows_of(model, rows)
+    chosen = learnt(model, layers, asked)
     before = [p.requires_grad for p in chosen]
     for parameter in chosen:
         parameter.requires_grad_(True)
@@ -152,19 +224,19 @@ def student(model: DiffusionModel, layers: str, rows: int, total: int) -> None:
 
 def published(model: DiffusionModel, work: Work, method: Any, points: int) -> None:
     """Plain steps of one point each; what the numbers say does not matter, only what is run."""
-    chosen = [p for _, p in trainable(model, work.layers)]
+    one, mean = rows_of(model, 1), work.walk(method)
+    chosen = learnt(model, work.layers, one)
     before = [(p.requires_grad, p.detach().clone()) for p in chosen]
     for parameter in chosen:
         parameter.requires_grad_(True)
     optimiser = torch.optim.Adam(chosen, lr=1e-8)
-    one, depths = rows_of(model, 1), work.walk(method)
     two, side = rows_of(model, 2), model.latent_shape[1] * model.layout.scale_factor
     picture = np.zeros((1, side, side, 3), np.uint8)
     try:
         for point in range(points):
             with torch.no_grad():
                 # Depths alternate around the mean so that few points stand for many.
-                steps = round(depths * (0.5 + (point + 0.5) / points))
+                steps = round(mean * (0.5 + (point + 0.5) / points))
                 for _ in range(steps):
                     model.layout.predict(*(two if work.guided else one))
                 for _ in range(work.asked):
@@ -187,10 +259,13 @@ def published(model: DiffusionModel, work: Work, method: Any, points: int) -> No
 # -- a method ------------------------------------------------------------------------------------------
 
 
+SCALED = ("steps", "text_steps", "bank", "pictures", "count")
+
+
 def built(id: str, work: Work, scale: int) -> Any:
     """The method under its preset for the world, shortened; ``scale`` divides steps and bank."""
     short = {
-        name: max(2, value // scale) if name in ("steps", "bank", "pictures") and value else value
+        name: max(2, value // scale) if name in SCALED and value else value
         for name, value in work.settings.items()
     }
     if "warm_up" in short:
@@ -202,9 +277,9 @@ def measured(model: DiffusionModel, id: str, options: argparse.Namespace) -> dic
     """Ratios and counts of one method."""
     work = WORKS[id]
     method = built(id, work, options.scale)
-    total = max(options.rows)
+    total, data = max(options.rows), work.data(model, method)
     works: dict[str, Callable[[], Any]] = {
-        "ours": lambda: method.erase(model, STAR, keep=("circle",), seed=0),
+        "ours": lambda: method.erase(model, STAR, keep=("circle",), data=data, seed=0),
         "published": functools.partial(published, model, work, method, options.points),
     }
     for rows in options.rows:
