@@ -277,7 +277,7 @@ class Batch(NamedTuple):
 
 
 class Material:
-    """Anchor pictures of all concepts, encoded once, and their prompts.
+    """Anchor pictures of all concepts and their prompts; encoded once, unless they are rescaled.
 
     Args:
         model: Makes the pictures, as it is now, where the user gives none.
@@ -285,7 +285,7 @@ class Material:
         method: Read are ``anchor``, ``pairing``, ``pictures``, ``captions``, ``sampling_steps``, ``guidance``,
             ``augment`` (objects only), ``phrases`` and, if there is one, ``avoid``.
         data: See :func:`anchor_pictures`.
-        seed: Seed of pictures and of how they are rescaled.
+        seed: Seed of the pictures.
 
     Attributes:
         report: For the manifest.
@@ -303,26 +303,14 @@ class Material:
             captions=method.captions, seed=seed, steps=method.sampling_steps, guidance=method.guidance,
             avoid=getattr(method, "avoid", False),
         )  # fmt: skip
-        latents, plain, masks = [], [], []
-        self.rows: list[tuple[int, str, str | None]] = []
+        self.rows: list[tuple[int, str]] = []
+        self.rescaled: dict[int, np.ndarray] = {}
         for number, own in enumerate(shown):
-            pictures, sizes = own.pictures, [None] * len(own)
-            plain.append(model.latents_of(pictures))
-            valid = np.ones((len(own), *model.latent_shape[1:]), bool)
             if method.augment and self.kinds[number] == "object":
-                cell = pictures.shape[1] // model.latent_shape[1]
-                draw = noise_generator(seed, "augmentation", number)
-                pictures, valid, sizes = augmented(pictures, cell, draw)  # type: ignore[assignment]
-            latents.append(plain[-1] if pictures is own.pictures else model.latents_of(pictures))
-            masks.append(torch.from_numpy(valid)[:, None].to(model.device, torch.float32))
-            self.rows += [
-                (number, text, size) for text, size in zip(own.captions, sizes, strict=True)
-            ]
-        self.latents, self.plain, self.valid = (
-            torch.cat(latents),
-            torch.cat(plain),
-            torch.cat(masks),
-        )
+                self.rescaled |= dict(enumerate(own.pictures, len(self.rows)))
+            self.rows += [(number, text) for text in own.captions]
+        self.latents = torch.cat([model.latents_of(own.pictures) for own in shown])
+        self.valid = torch.ones(len(self.rows), 1, *model.latent_shape[1:], device=model.device)
         names = [concept.name for concept in concepts]
         self.report: dict[str, Any] = {
             "anchors": dict(zip(names, self.anchors, strict=True)), "anchor_pictures": len(self.rows),
@@ -335,31 +323,54 @@ class Material:
         self.digest = examples.examples_digest(given, examples.given(data)[1])
 
     def batch(self, count: int, generator: torch.Generator) -> Batch:
-        """``count`` pictures, drawn with replacement, at random timesteps; phrasings are drawn, too."""
+        """``count`` pictures, drawn with replacement, at random timesteps; sizes and phrasings are drawn, too."""
         rows = torch.randint(len(self.rows), (count,), generator=generator)
-        points, noise = scores.noised(self.model, self.latents[rows], generator)
+        latents, valid, sizes = self._sized(rows.tolist(), generator)
+        points, noise = scores.noised(self.model, latents, generator)
         listed = [self.rows[row] for row in rows.tolist()]
-        targets = [self._target(row, generator) for row in listed]
-        return Batch(points, noise, self.valid[rows], [text for _, text, _ in listed], targets)
+        targets = [
+            self._target(number, text, size, generator)
+            for (number, text), size in zip(listed, sizes, strict=True)
+        ]
+        return Batch(points, noise, valid, [text for _, text in listed], targets)
+
+    def _sized(
+        self, rows: list[int], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, list[str | None]]:
+        """Latents, masks and sizes of some rows; what is rescaled is so anew each time it is drawn."""
+        latents, valid = self.latents[rows], self.valid[rows]
+        sizes: list[str | None] = [None] * len(rows)
+        own = [place for place, row in enumerate(rows) if row in self.rescaled]
+        if own:
+            pictures = np.stack([self.rescaled[rows[place]] for place in own])
+            cell = pictures.shape[1] // self.model.latent_shape[1]
+            pictures, masks, found = augmented(pictures, cell, generator)
+            with torch.no_grad():
+                latents[own] = self.model.latents_of(pictures).to(latents)
+            valid[own] = torch.from_numpy(masks)[:, None].to(valid)
+            for place, size in zip(own, found, strict=True):
+                sizes[place] = size
+        return latents, valid, sizes
 
     def anchors_alone(
         self, count: int, generator: torch.Generator
     ) -> tuple[Trajectories, Tensor, list[str]]:
         """Other pictures for the anchor's own denoising, never rescaled: points, noise and anchor prompts."""
         rows = torch.randint(len(self.rows), (count,), generator=generator)
-        points, noise = scores.noised(self.model, self.plain[rows], generator)
+        points, noise = scores.noised(self.model, self.latents[rows], generator)
         return points, noise, [self.rows[row][1] for row in rows.tolist()]
 
     def names(self, concept: Concept) -> tuple[str, ...]:
         """What the concept is called in prompts."""
         return concept.names if self.phrases else (concept.name,)
 
-    def _target(self, row: tuple[int, str, str | None], draw: torch.Generator) -> str:
-        number, caption, size = row
+    def _target(
+        self, number: int, caption: str, size: str | None, generator: torch.Generator
+    ) -> str:
         names = self.names(self.concepts[number])
-        name = names[int(torch.randint(len(names), (1,), generator=draw))]
-        text = pairing(self.kinds[number], caption, self.anchors[number], name, draw)
+        name = names[int(torch.randint(len(names), (1,), generator=generator))]
+        text = pairing(self.kinds[number], caption, self.anchors[number], name, generator)
         if size is None:
             return text
         said = PREFIXES[size]
-        return said[int(torch.randint(len(said), (1,), generator=draw))] + text
+        return said[int(torch.randint(len(said), (1,), generator=generator))] + text
