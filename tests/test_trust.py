@@ -1,7 +1,7 @@
 """A training that is killed at any step and resumed by a fresh process equals an uninterrupted one, bit for bit.
 
 One process imports everything and forks a fresh one for each run: the whole run, one that SIGKILL ends at a step drawn
-anew each time, its resumption, and one that is a step short (control).  It never runs a pass itself, so forking is safe.
+anew each time, its resumption, and one that is a step short (control).  It runs no pass itself, so forking is safe.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def test_sigkill_at_any_step_then_resume_is_bit_for_bit(runs, id):
     assert edits["killed"].digest == edits["whole"].digest, at  # covers every tensor's bytes
     assert edits["short"].manifest.tensors_digest != edits["whole"].manifest.tensors_digest, at
     whole, rest = (
-        json.loads((folder / id / name / "written.json").read_text()) for name in ("whole", "killed")
+        json.loads((folder / id / name / "written.json").read_text())
+        for name in ("whole", "killed")
     )
     assert len(rest) < len(whole), f"began again from the start, {at}"
