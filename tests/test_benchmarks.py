@@ -38,8 +38,59 @@ def closed_form() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
+def sparse_autoencoders() -> Iterator[ModuleType]:
+    yield from loaded("sparse_autoencoders")
+
+
+@pytest.fixture(scope="module")
 def finetuning() -> Iterator[ModuleType]:
     yield from loaded("finetuning")
+
+
+@pytest.fixture(scope="module")
+def advunlearn() -> Iterator[ModuleType]:
+    yield from loaded("advunlearn")
+
+
+def test_a_bank_saves_the_walks_of_an_inner_attack(advunlearn, tmp_path, capsys):
+    file = tmp_path / "advunlearn.json"
+    advunlearn.main(["--quick", "--out", str(file)])
+    found = json.loads(file.read_text())
+    ours, published = found["arms"]["ours"], found["arms"]["published"]
+    # One point and five retain points, forward and backward; two attack steps on top.
+    assert ours["rows_an_update"] == {"plain": 12, "attacked": 16}
+    # Walks of 1.5 steps with both branches, two teachers (one for what is held), forward and backward.
+    assert published["rows_an_update"] == {"plain": 7 + 5 * 6, "attacked": 7 + 5 * 6 + 2 * 7}
+    theirs, own = 200 * 37 + 800 * 51, ours["bank_rows"] + 200 * 12 + 800 * 16
+    assert found["rows"] == pytest.approx(theirs / own) and found["seconds"] > 0
+    assert "rows: 3.2 times less, target 4: missed" in capsys.readouterr().out
+    assert advunlearn.arguments(["--quick"]).out is None
+    method = advunlearn.AdvUnlearn()
+    assert advunlearn.by_hand(method, True) == 30 * 53 + 53 + 5 * 52
+
+
+@pytest.fixture(scope="module")
+def few_shot_erasing() -> Iterator[ModuleType]:
+    yield from loaded("few_shot_erasing")
+
+
+def test_a_plain_loop_is_timed_beside_few_shot_erasing(few_shot_erasing, tmp_path, capsys):
+    file = tmp_path / "few_shot.json"
+    few_shot_erasing.main(["--quick", "--steps", "2", "--out", str(file)])
+    found = json.loads(file.read_text())
+    [seconds] = found["arms"]["seconds_a_step"]
+    assert set(seconds) == {"ours", "plain", "floor"} and min(seconds.values()) > 0
+    assert found["step_ratio"] == pytest.approx(seconds["plain"] / seconds["ours"])
+    assert "step_ratio:" in capsys.readouterr().out
+    assert few_shot_erasing.arguments(["--quick"]).out is None
+    model = tiny_diffusion()
+    before = {name: p.detach().clone() for name, p in model.tensors().items()}
+    for arm in (few_shot_erasing.ours, few_shot_erasing.plain, few_shot_erasing.floor):
+        arm(model, 1)
+        assert all(
+            not p.requires_grad and p.grad is None and bool((p == before[n]).all())
+            for n, p in model.tensors().items()
+        )
 
 
 def test_fine_tunes_run_the_passes_that_were_counted_by_hand(finetuning, tmp_path, capsys):
@@ -165,3 +216,15 @@ def test_memory_is_flat_and_targets_met_by_what_was_measured(closed_form):
     arms["prompts_10000"]["peak_over_base_bytes"] = 100 + more // 50
     found = closed_form.summary(size, arms, {})
     assert not found["rece_target_met"] and not found["memory_flat"]
+
+
+def test_our_sparse_trainer_learns_what_the_plain_one_does(sparse_autoencoders, tmp_path):
+    file = tmp_path / "sparse_autoencoders.json"
+    sparse_autoencoders.main(["--quick", "--out", str(file)])
+    found = json.loads(file.read_text())
+    assert found["setting"]["quick"] and found["over_plain"] > 0
+    ours, plain = found["quality"]["ours"], found["quality"]["plain"]
+    # One update is the same in both, AuxK of dead units and the order of its parts included.
+    assert ours["r2"] == pytest.approx(plain["r2"], abs=1e-4) and ours["l0"] == plain["l0"]
+    assert found["at_equal_or_better_quality"]["plain"]
+    assert sparse_autoencoders.arguments(["--quick"]).out is None

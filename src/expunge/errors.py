@@ -143,7 +143,7 @@ class EditFormatError(EditError):
 class WrongBase(EditError):
     """The edit was fitted on other weights."""
 
-    cure = "Load the model the edit names, or allow a sibling by name with `sibling=True`."
+    cure = "Load the model the edit names, or allow a sibling by name with `sibling=True` (`--sibling`)."
 
 
 class WrongShape(EditError):

@@ -75,6 +75,16 @@ def test_hooks_are_gone_after_an_error(model):
     assert hooks(model) == 0
 
 
+def test_kaimings_start_is_uniform_within_one_over_the_root_of_the_width(model):
+    names = model.text_projections()
+    made = LowRank(model, names, rank=3, start="kaiming")
+    every = torch.cat([d.detach().flatten() * d.shape[1] ** 0.5 for d in made.down.values()])
+    assert -1 <= float(every.min()) < -0.98 and 0.98 < float(every.max()) <= 1
+    assert abs(float(every.mean())) < 0.05 and abs(float(every.std()) - 3**-0.5) < 0.02
+    with pytest.raises(SettingError, match="start='zero'"):
+        LowRank(model, names, start="zero")
+
+
 def test_what_cannot_be_changed_is_refused(model):
     with pytest.raises(SettingError, match="rank"):
         LowRank(model, model.text_projections(), rank=0)

@@ -86,3 +86,16 @@ def test_conditions_keep_rows_together():
     assert rows_of(condition(2).repeat(2)) == [0, 0, 1, 1]
     bare = Condition(torch.ones(2, 4, 2, requires_grad=True))
     assert bare.repeat(2).mask is None and not bare.detach().embeddings.requires_grad
+
+
+def test_texts_go_with_their_rows_and_only_while_the_rows_are_theirs():
+    rows = torch.arange(6.0).reshape(3, 1, 2)
+    own = Condition(rows, texts=("a", "b", "c"))
+    assert own.select(slice(1, None)).texts == ("b", "c") and own.select([2, 0]).texts == ("c", "a")
+    assert own.select(torch.tensor([1, 1])).texts == ("b", "b")
+    assert own.select(torch.tensor([True, False, True])).texts == ("a", "c")
+    assert own.repeat(2).texts == ("a", "a", "b", "b", "c", "c") and own.detach().texts == own.texts
+    bare = Condition(rows)
+    assert Condition.concatenate([bare, own]).texts == (None,) * 3 + own.texts
+    assert Condition.concatenate([bare, bare]).texts is None and bare.select([0]).texts is None
+    assert own.with_embeddings(-rows).texts is None and own.map(torch.neg).texts is None

@@ -44,6 +44,8 @@ from .options import (
     SeedOption,
     SeedsOption,
     SetOption,
+    SiblingOption,
+    WithoutGateOption,
 )
 
 if TYPE_CHECKING:
@@ -175,6 +177,7 @@ def generate(
     ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
+    sibling: SiblingOption = False,
 ) -> None:
     """Generate pictures (PNG files) or texts (`texts.json`), with edits applied."""
     opened = common.load(model, device, dtype)
@@ -186,7 +189,7 @@ def generate(
     options = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
     with common.quietly(), contextlib.ExitStack() as stack:
         for file in edit or []:
-            stack.enter_context(Edit.load(file).on(opened))
+            stack.enter_context(Edit.load(file).on(opened, sibling=sibling))
         made = opened.generate(asked, **options)
     if opened.family == "language":
         rows = [
@@ -253,7 +256,7 @@ def audit(
     original: OriginalOption = None, never: NeverOption = None, judge: JudgeOption = None,
     attacks: AttacksOption = "all", budget: BudgetOption = "world", prompts: PromptsOption = None,
     seeds: SeedsOption = 1, n: NOption = 100, kept_n: KeptNOption = 20, attack_n: AttackNOption = 20,
-    seed: SeedOption = 0, device: DeviceOption = "cpu", dtype: DtypeOption = None,
+    seed: SeedOption = 0, device: DeviceOption = "cpu", dtype: DtypeOption = None, sibling: SiblingOption = False,
 ) -> None:  # fmt: skip
     """Measure what is left of a concept, what broke, and what attacks bring back; writes the evidence."""
     opened = common.load(model, device, dtype)
@@ -262,7 +265,7 @@ def audit(
 
     edits = [Edit.load(file) for file in edit or []]
     _audit(opened, edits, wanted, out, original=original, never=never, judge=judge, attacks=attacks, budget=budget,
-           prompts=prompts, seeds=seeds, n=n, kept_n=kept_n, attack_n=attack_n, seed=seed)  # fmt: skip
+           prompts=prompts, seeds=seeds, n=n, kept_n=kept_n, attack_n=attack_n, seed=seed, sibling=sibling)  # fmt: skip
 
 
 def _audit(
@@ -339,6 +342,7 @@ def export(
     rank: Annotated[
         int | None, typer.Option(min=1, help="Rank to cut to; needed for dense edits.")
     ] = None,
+    without_gate: WithoutGateOption = False,
 ) -> None:
     """Write an edit for another program: a LoRA in its key layout, or a full folder."""
     from ..edit import Edit
@@ -346,11 +350,13 @@ def export(
     edit = Edit.load(file)
     opened = common.load(model) if model else None
     with common.quietly():
-        report = edit.export(out, format=format, model=opened, rank=rank)
+        report = edit.export(out, format=format, model=opened, rank=rank, without_gate=without_gate)
     lost = f", relative error {report['relative_error']:.2e}" if report["rank"] else ""
     print(f"{report['tensors']} tensors as {format}{lost}: {out}")
     if report["left_out"]:
         print(f"left out, this format cannot carry them: {', '.join(report['left_out'])}")
+    if "warning" in report:
+        print(f"warning: {report['warning']}", file=sys.stderr)
 
 
 @app.command()

@@ -18,6 +18,19 @@ EditOption = Annotated[
     list[Path] | None,
     typer.Option("--edit", "-e", help="An edit file; repeat to stack several, in order."),
 ]
+SiblingOption = Annotated[
+    bool,
+    typer.Option(
+        "--sibling",
+        help="Allow edits on other weights of the same structure, as of a fine-tuned sibling of their model.",
+    ),
+]
+WithoutGateOption = Annotated[
+    bool,
+    typer.Option(
+        "--without-gate", help="Export a gated edit for all prompts alike; its gate is lost."
+    ),
+]
 ConceptOption = Annotated[
     list[str] | None,
     typer.Option("--concept", "-c", help="Name of what to erase; repeat for several."),

@@ -20,13 +20,19 @@ from .prompt_search.common import Realised
 
 __all__ = [
     "PLACEMENTS",
+    "SOFT_PLACEMENTS",
     "Forbidden",
+    "Splice",
     "Spliced",
     "arrangement",
+    "ordinary_ids",
     "without_room",
 ]
 
 PLACEMENTS = ("prefix", "suffix", "middle", "spread", "third", "replace")
+SOFT_PLACEMENTS = (*PLACEMENTS, "add")
+"""Free vectors may also be added to those of a prompt's own tokens."""
+
 SHORTEST = 3
 """Letters from which on a sub-string of a forbidden word is forbidden too."""
 
@@ -88,6 +94,13 @@ def _printable(text: str) -> bool:
     return bool(text.strip()) and text.strip().isprintable() and "\ufffd" not in text
 
 
+def ordinary_ids(model: Any) -> Tensor:
+    """Ids of the model's token table that are no special tokens, ascending."""
+    ordinary = torch.ones(len(model.token_table()), dtype=torch.bool)
+    ordinary[[i for i in model.tokenizer.all_special_ids if i < len(ordinary)]] = False
+    return ordinary.nonzero().flatten()
+
+
 def arrangement(content: int, searched: int, placement: str) -> list[int]:
     """The order of ``content`` prompt tokens (0, 1, ...) and ``searched`` tokens (-1, -2, ...).
 
@@ -131,36 +144,51 @@ def without_room(model: Any, texts: Sequence[str], searched: int, placement: str
     return reasons
 
 
-class Spliced:
-    """Prompts with ``searched`` free places each, as rows of the model's context length.
+class Splice:
+    """Prompts with ``searched`` free places each, as rows of the model's context length, by their tokens.
 
     Splicing is done on token embeddings, before positions are added; the end token and padding move
-    back by as many places.  ``placement="replace"`` drops the prompt's own tokens.
+    back by as many places.  ``placement="replace"`` puts the end token in the place of each of the prompt's
+    own; ``"add"`` adds a vector to each of them and moves nothing.
+
+    Args:
+        model: A model with one token table.
+        texts: The prompts.
+        searched: Free places of each; with ``"add"`` as many as every prompt has tokens.
+        placement: One of :data:`SOFT_PLACEMENTS`.
 
     Raises:
         PromptError: A prompt leaves no room for the searched tokens.
+        SettingError: Vectors are added to prompts of another number of tokens.
     """
 
-    def __init__(
-        self, model: Any, texts: Sequence[str], searched: int, placement: str, forbidden: Forbidden
-    ) -> None:
-        bases = [""] * len(texts) if placement == "replace" else list(texts)
-        self.model, self.forbidden, self.searched = model, forbidden, searched
-        self.base = model.token_ids(bases)
+    def __init__(self, model: Any, texts: Sequence[str], searched: int, placement: str) -> None:
+        self.model, self.searched, self.added = model, searched, placement == "add"
+        self.base = model.token_ids(texts)
         self.table = model.token_table()
+        self.content = model.content_length(texts)
+        # Some encoders read the place of the end token off the ids, so a filler must not look like one.
+        self.filler = int(ordinary_ids(model)[0])
+        if self.added and set(self.content) != {searched}:
+            raise SettingError(
+                f"{searched} vectors are added to prompts of {sorted(set(self.content))} tokens; one for each is needed"
+            )
+        if not self.added:
+            for reason in without_room(model, texts, searched, placement).values():
+                raise PromptError(reason)
+        self.order = torch.tensor([self._row(length, placement) for length in self.content])
+
+    def _row(self, length: int, placement: str) -> list[int]:
+        """Where each place of a row comes from: the prompt's own, then (from its length on) searched ones."""
         total = self.base.shape[1]
-        self.content = model.content_length(bases)
-        for reason in without_room(model, texts, searched, placement).values():
-            raise PromptError(reason)
-        rows = []
-        for length in self.content:
-            inner = [
-                1 + a if a >= 0 else total - 1 - a for a in arrangement(length, searched, placement)
-            ]
-            rows.append([0, *inner, *range(1 + length, total)][:total])
-        self.order = torch.tensor(rows)
-        self.limit = [forbidden.count(base) for base in bases]
-        self._texts: dict[tuple[int, tuple[int, ...]], tuple[str, list[int], bool]] = {}
+        if self.added:
+            return list(range(total))
+        inner = [
+            1 + a if a >= 0 else total - 1 - a
+            for a in arrangement(length, self.searched, placement)
+        ]
+        inner += [1 + length] * (length if placement == "replace" else 0)
+        return [0, *inner, *range(1 + length, total)][:total]
 
     def ids(self, searched: Tensor, item: Tensor) -> Tensor:
         """Rows of token ids ``(B, T)`` for searched ids ``(B, n)``."""
@@ -169,6 +197,9 @@ class Spliced:
     def vectors(self, searched: Tensor, item: Tensor) -> Tensor:
         """Token embeddings ``(B, T, d)`` for searched vectors ``(B, n, d)``; gradients reach these."""
         base = self.table[self.base[item]].to(searched.dtype)
+        if self.added:
+            before, inner = base[:, :1], base[:, 1 : 1 + self.searched]
+            return torch.cat([before, inner + searched, base[:, 1 + self.searched :]], 1)
         order = self.order[item].to(searched.device)
         return torch.cat([base, searched], 1).gather(
             1, order[..., None].expand(-1, -1, searched.shape[-1])
@@ -176,14 +207,21 @@ class Spliced:
 
     def encode(self, searched: Tensor, item: Tensor) -> Condition:
         """The text condition of spliced vectors; differentiable."""
-        places = torch.zeros(len(item), self.searched, dtype=torch.long)
-        return self.model.encode_tokens(
-            self.ids(places + self._filler(), item), self.vectors(searched, item)
-        )
+        places = torch.full((len(item), self.searched), self.filler)
+        return self.model.encode_tokens(self.ids(places, item), self.vectors(searched, item))
 
-    def _filler(self) -> int:
-        # Some encoders read the place of the end token off the ids, so a filler must not look like one.
-        return int(self.forbidden.allowed.nonzero()[0])
+
+class Spliced(Splice):
+    """:class:`Splice` for searches over tokens, whose strings are written out; ``replace`` drops the prompt's own."""
+
+    def __init__(
+        self, model: Any, texts: Sequence[str], searched: int, placement: str, forbidden: Forbidden
+    ) -> None:
+        bases = [""] * len(texts) if placement == "replace" else list(texts)
+        super().__init__(model, bases, searched, placement)
+        self.forbidden = forbidden
+        self.limit = [forbidden.count(base) for base in bases]
+        self._texts: dict[tuple[int, tuple[int, ...]], tuple[str, list[int], bool]] = {}
 
     def realise(self, searched: Tensor, item: Tensor) -> Realised:
         """Decoded prompts, their content ids after tokenising again, and whether these are unchanged."""

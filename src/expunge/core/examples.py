@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from .mentions import exchanged
 if TYPE_CHECKING:
     from ..models.diffusion import DiffusionModel
 
-__all__ = ["called", "examples", "examples_digest", "given"]
+__all__ = ["called", "examples", "examples_digest", "fitted", "given", "read_pictures", "turned"]
 
 
 def given(data: Any) -> tuple[dict[str, Pictures], list[str]]:
@@ -141,3 +142,66 @@ def examples_digest(
             digest.update(np.ascontiguousarray(own.pictures).tobytes())
             digest.update(b"" if own.masks is None else np.packbits(own.masks).tobytes())
     return digest.hexdigest()
+
+
+def fitted(picture: Any, height: int, width: int, *, crop: bool = False) -> np.ndarray:
+    """A PIL image or uint8 ``(H, W, 3)`` array as uint8 ``(height, width, 3)``, resized bicubically.
+
+    Args:
+        picture: Of any size.
+        height, width: Wanted, pixels.
+        crop: Cut the largest part of the wanted proportions from the middle first; without it a picture of
+            other proportions is stretched.
+    """
+    from PIL import Image
+
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(np.asarray(picture))
+    box = None
+    if crop:
+        scale = min(image.width / width, image.height / height)
+        left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+        box = (left, top, left + scale * width, top + scale * height)
+    if image.size == (width, height):
+        return np.array(image.convert("RGB"))
+    resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return np.array(resized)
+
+
+def read_pictures(
+    concept: Concept, height: int, width: int, *, crop: bool = False
+) -> Pictures | None:
+    """The pictures whose files a concept names, each captioned by its name; ``None`` if it names none.
+
+    Raises:
+        InputError: A file cannot be read as a picture.
+    """
+    from PIL import Image, ImageOps
+
+    found = []
+    for path in concept.images:
+        try:
+            with Image.open(path) as image:
+                found.append(fitted(ImageOps.exif_transpose(image), height, width, crop=crop))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(
+                f"{Path(path).name}: this picture of {concept.name!r} cannot be read ({error})"
+            ) from None
+    if not found:
+        return None
+    return Pictures(np.stack(found), None, (concept.name,) * len(found))
+
+
+def turned(
+    pictures: np.ndarray, probability: float, generator: torch.Generator
+) -> tuple[np.ndarray, int]:
+    """Pictures of which some, drawn once, are turned left to right, and how many are.
+
+    Args:
+        pictures: uint8 ``(n, height, width, 3)``.
+        probability: Of each.
+        generator: A CPU generator.
+    """
+    chosen = (torch.rand(len(pictures), generator=generator) < probability).numpy()
+    made = pictures.copy()
+    made[chosen] = made[chosen, :, ::-1]
+    return made, int(chosen.sum())

@@ -17,8 +17,9 @@ CPU.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Groups", "Loop", "Optimiser", "Step", "Task", "Trained",
-    "edit_from", "fit", "request", "train_edit",
+    "edit_from", "fit", "put_back", "request", "train_edit",
 ]  # fmt: skip
 
 
@@ -75,6 +76,17 @@ def fit(
         return Session(
             task, loop, groups, seed, run, settings or {}, label, before, _float16(groups, modules)
         ).train()
+
+
+@contextlib.contextmanager
+def put_back(own: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """At the end of the block the parameters have these values again; for methods of several stages."""
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, value in values.items():
+                own[name].copy_(value)
 
 
 def _float16(groups: Groups, modules: Sequence[nn.Module]) -> bool:

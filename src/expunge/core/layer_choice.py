@@ -20,8 +20,9 @@ from torch import nn
 
 from ..errors import MissingPart, SettingError, nearest
 from ..models.diffusion import DiffusionModel
+from ..models.layouts.base import class_is
 
-__all__ = ["LAYERS", "trainable"]
+__all__ = ["LAYERS", "block_weights", "trainable"]
 
 JOINT = (".add_q_proj", ".add_k_proj", ".add_v_proj", ".to_add_out")
 LAYERS = ("cross-attention", "cross-attention-kv", "other", "all", "attention", "full")
@@ -66,6 +67,33 @@ def trainable(model: DiffusionModel, layers: str) -> list[tuple[str, nn.Paramete
             f"{model.name}: layers={layers!r} selects nothing in this denoiser ({model.layout.title})"
         )
     return list(own.items())
+
+
+def block_weights(model: DiffusionModel) -> list[str]:
+    """Canonical names of the weights of all linear and convolution layers inside a denoiser's transformer blocks.
+
+    In UNets these are the spatial transformers with their projections at entry and exit; elsewhere the blocks of the
+    transformer, modulation of their norms included.
+
+    Raises:
+        MissingPart: The denoiser has no such block.
+    """
+    part, root = model.layout.part, model.denoiser
+    blocks = [
+        path
+        for path, module in root.named_modules()
+        if class_is(module, "Transformer2DModel")
+        or (part != "unet" and path.rpartition(".")[0].endswith("transformer_blocks"))
+    ]
+    inside = tuple(f"{part}.{path}." for path in blocks if path)
+    own = dict(model.tensors())
+    found = _of_modules(model, own, lambda name: name.startswith(inside), False) if inside else {}
+    names = [name for name in found if name.endswith(".weight")]
+    if not names:
+        raise MissingPart(
+            f"{model.name}: this denoiser has no transformer blocks ({model.layout.title})"
+        )
+    return names
 
 
 def _of_modules(

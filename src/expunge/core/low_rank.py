@@ -7,7 +7,8 @@ A layer with weight ``W (out, width)`` answers ``x W^T``; with a change of rank 
 which is what the weight ``W + scale up down`` answers.  The model's own weights are not touched.  A convolution
 with weight ``(out, in, height, width)`` is the linear layer of its patches, of width ``in height width``.
 Source: LoRA, arXiv 2106.09685.  ``up`` starts at zero, so that training starts from the model as it is,
-and ``down`` normal with deviation ``1 / r``, as diffusers starts its adapters.
+and ``down`` normal with deviation ``1 / r``, as diffusers starts its adapters, or uniform within ``1 / sqrt(width)``,
+as torch starts layers (Kaiming's rule with a = sqrt 5).
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from ..edit import deltas
 from ..errors import MissingPart, SettingError
 from ..models.base import noise_generator
 
-__all__ = ["LowRank", "adaptable", "stored"]
+__all__ = ["STARTS", "LowRank", "adaptable", "stored", "thinned", "widened"]
+
+STARTS = ("normal", "kaiming")
+"""Where ``down`` may begin."""
 
 
 class LowRank:
@@ -38,6 +42,7 @@ class LowRank:
         scale: Factor of every change.
         purpose: Another one gives another start.
         convolutions: Allow weights of convolutions with one group and zeros around the picture.
+        start: Where ``down`` begins, one of ``STARTS``.
 
     Raises:
         MissingPart: A name is not the weight of such a layer of the model.
@@ -53,9 +58,14 @@ class LowRank:
         scale: float = 1.0,
         purpose: str = "",
         convolutions: bool = False,
+        start: str = "normal",
     ) -> None:
         if rank < 1:
             raise SettingError(f"the rank of a low-rank change is {rank}; at least 1 is needed")
+        if start not in STARTS:
+            raise SettingError(
+                f"start={start!r} of a low-rank change; allowed: {', '.join(STARTS)}"
+            )
         self.scale = scale
         self.modules: dict[str, nn.Module] = {}
         self.up: dict[str, nn.Parameter] = {}
@@ -67,12 +77,13 @@ class LowRank:
                 more = ", nor of a convolution with one group" if convolutions else ""
                 raise MissingPart(f"{model.name}: {name} is not the weight of a linear layer{more}")
             self.modules[name] = layers[id(weight)]
-            start = torch.randn(
-                rank,
-                weight[0].numel(),
-                generator=noise_generator(seed, f"low rank {purpose}".strip(), name),
-            )
-            self.down[name] = nn.Parameter((start / rank).to(weight.device))
+            draw = noise_generator(seed, f"low rank {purpose}".strip(), name)
+            width = weight[0].numel()
+            if start == "normal":
+                down = torch.randn(rank, width, generator=draw) / rank
+            else:
+                down = (2 * torch.rand(rank, width, generator=draw) - 1) / width**0.5
+            self.down[name] = nn.Parameter(down.to(weight.device))
             self.up[name] = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -98,14 +109,7 @@ class LowRank:
     def _hook(self, name: str) -> Any:
         def added(module: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> Tensor:
             rows, up, down = inputs[0].to(self.down[name].dtype), self.up[name], self.down[name]
-            if isinstance(module, nn.Conv2d):
-                kernel = down.reshape(-1, *module.weight.shape[1:])
-                thin = functional.conv2d(
-                    rows, kernel, None, module.stride, module.padding, module.dilation
-                )
-                change = functional.conv2d(thin, up[:, :, None, None])
-            else:
-                change = (rows @ down.T) @ up.T
+            change = widened(module, thinned(module, rows, down), up)
             return answer + (self.scale * change).to(answer.dtype)
 
         return added
@@ -124,6 +128,21 @@ class LowRank:
             )
             for name in self.modules
         }
+
+
+def thinned(module: nn.Module, rows: Tensor, down: Tensor) -> Tensor:
+    """What ``down (r, width)`` makes of a layer's input: ``(..., r)``, of a convolution ``(n, r, height, width)``."""
+    if isinstance(module, nn.Conv2d):
+        kernel = down.reshape(-1, *module.weight.shape[1:])
+        return functional.conv2d(rows, kernel, None, module.stride, module.padding, module.dilation)
+    return rows @ down.T
+
+
+def widened(module: nn.Module, thin: Tensor, up: Tensor) -> Tensor:
+    """What ``up (out, r)`` makes of it: the shape of the layer's answer."""
+    if isinstance(module, nn.Conv2d):
+        return functional.conv2d(thin, up[:, :, None, None])
+    return thin @ up.T
 
 
 def _layers(model: Any, convolutions: bool) -> dict[int, nn.Module]:

@@ -28,6 +28,7 @@ __all__ = [
     "Projections",
     "edited_texts",
     "erased_pairs",
+    "general_captions",
     "guide_of",
     "kept_texts",
     "per_layer_edit",
@@ -190,14 +191,31 @@ def registered_texts(
                 text, name = exchanged(prompt.text, concept.names, instead)
                 if name is not None:
                     pairs.append(Pair(prompt.text, text, name))
-    texts: list[str] = []
-    if general and companions.captions is not None:
-        measured = [name for concept in known for name in companions.neighbours(concept)]
-        listed = {name.lower() for name in told}
-        untold = [n for n in (*measured, *companions.unrelated) if n.lower() not in listed]
-        avoid = dict.fromkeys([*(concept.name for concept in known), *untold])
-        texts = companions.captions(general, seed=1, without=tuple(avoid))
-    return unique_pairs(pairs), list(dict.fromkeys(texts))
+    return unique_pairs(pairs), general_captions(model, concepts, general, told)
+
+
+def general_captions(
+    model: Any,
+    concepts: Sequence[Concept],
+    count: int,
+    told: Sequence[str] = (),
+    *,
+    filtered: bool = True,
+) -> list[str]:
+    """Up to ``count`` captions of the world a model comes from, none of what an audit measures; see above.
+
+    ``filtered=False`` lets them speak of the erased concepts, a negative control.
+    """
+    companions = model.companions
+    if companions is None or companions.captions is None or not count:
+        return []
+    known = [concept for concept in concepts if companions.concept(concept.name) is not None]
+    measured = [name for concept in known for name in companions.neighbours(concept)]
+    listed = {name.lower() for name in told}
+    untold = [n for n in (*measured, *companions.unrelated) if n.lower() not in listed]
+    erased = [concept.name for concept in known] if filtered else []
+    avoid = dict.fromkeys([*erased, *untold])
+    return list(dict.fromkeys(companions.captions(count, seed=1, without=tuple(avoid))))
 
 
 def edited_texts(

@@ -23,7 +23,9 @@ from . import trajectories
 from .tasks import Step
 from .trajectories import Trajectories
 
-__all__ = ["WALKED", "Answer", "PointSource", "asked", "epsilon", "noised", "random_times"]
+__all__ = [
+    "WALKED", "Answer", "PointSource", "asked", "denoising_error", "epsilon", "noised", "random_times",
+]  # fmt: skip
 
 Answer = Callable[[Trajectories], Mapping[str, Tensor]]
 """Points -> tensors with one row a point."""
@@ -87,6 +89,7 @@ class PointSource:
         ranges: Instead of ``low`` and ``high``: depths of several points of each walk, see
             :func:`expunge.core.trajectories.draw_along`.  Points and answers then come range by range,
             ``batch`` walks of the first range before those of the second; a bank holds ``bank`` walks.
+        binned: Timesteps are drawn anew inside bins, see :func:`expunge.core.trajectories.relabelled`.
 
     Raises:
         SettingError: ``walked`` is unknown, or a bank was asked for of the student's walks.
@@ -107,6 +110,7 @@ class PointSource:
         low: int = 0,
         high: int | None = None,
         ranges: Sequence[tuple[int, int | None]] | None = None,
+        binned: bool = False,
     ) -> None:
         if walked not in WALKED:
             raise SettingError(f"walked is {walked!r}; allowed: {', '.join(map(repr, WALKED))}")
@@ -115,7 +119,7 @@ class PointSource:
                 "a bank of points cannot follow the student's own walks; allowed is walked='frozen' or no bank"
             )
         self.model, self.texts, self.answer, self.batch = model, list(texts), answer, batch
-        self.walked, self.seed = walked, seed
+        self.walked, self.seed, self.binned = walked, seed, binned
         self.walk: dict[str, Any] = {"steps": steps, "guidance": guidance}
         self.ranges = [(low, high)] if ranges is None else list(ranges)
         self.bank: tuple[Trajectories, Mapping[str, Tensor]] | None = None
@@ -123,27 +127,48 @@ class PointSource:
             points = self._drawn(0, bank)
             self.bank = points, self._answers(points)
 
-    def at(self, step: Step) -> tuple[Trajectories, Mapping[str, Tensor]]:
-        """The points of one step and the answers about them."""
+    def at(
+        self,
+        step: Step,
+        *,
+        batch: int | None = None,
+        first: int | None = None,
+        shape: tuple[int, int, int] | None = None,
+    ) -> tuple[Trajectories, Mapping[str, Tensor]]:
+        """The points of one step and the answers about them.
+
+        Args:
+            step: The step.
+            batch: Another number of walks than the source's own.
+            first: For several draws in one step: the number of the first walk, different for each of them.
+            shape: ``(channels, height, width)`` of fresh points; default: the model's own.  A bank has but one.
+        """
+        count = self.batch if batch is None else batch
+        start = step.index * self.batch if first is None else first
         if self.bank is not None:
             points, answers = self.bank
-            draw = step.generator("pick")
+            draw = step.generator("pick" if first is None else f"pick {first}")
             walks = len(points.which) // len(self.ranges)
-            pick = torch.randint(walks, (self.batch,), generator=draw)
+            pick = torch.randint(walks, (count,), generator=draw)
             pick = torch.cat([pick + block * walks for block in range(len(self.ranges))])
             return points.select(pick), {name: found[pick] for name, found in answers.items()}
         if self.walked == "student":
-            points = self._drawn(step.index * self.batch, self.batch)
+            points = self._drawn(start, count, shape)
             with step.original():
                 return points, self._answers(points)
         with step.original():
-            points = self._drawn(step.index * self.batch, self.batch)
+            points = self._drawn(start, count, shape)
             return points, self._answers(points)
 
-    def _drawn(self, first: int, count: int) -> Trajectories:
+    def _drawn(
+        self, first: int, count: int, shape: tuple[int, int, int] | None = None
+    ) -> Trajectories:
         found = trajectories.draw_along(
-            self.model, self.texts, count, self.ranges, seed=self.seed, first=first, **self.walk
-        )
+            self.model, self.texts, count, self.ranges, seed=self.seed, first=first, shape=shape, **self.walk
+        )  # fmt: skip
+        if self.binned:
+            own = {"steps": self.walk["steps"], "seed": self.seed, "first": first}
+            found = [trajectories.relabelled(self.model, points, **own) for points in found]
         return Trajectories.concatenate(found)
 
     @torch.no_grad()
@@ -205,3 +230,21 @@ def noised(
     clean = latents.to(model.device, model.dtype)
     own = torch.arange(count) if which is None else which
     return Trajectories(model.noised(clean, noise, times), times, own), noise.float()
+
+
+def denoising_error(
+    model: DiffusionModel, points: Trajectories, clean: Tensor, noise: Tensor, condition: Condition
+) -> Tensor:
+    """The loss the model was trained with, of each row: float32 ``(n,)``, means over channels and places.
+
+    It is the squared error in what the denoiser itself predicts: noise, velocity, or clean latents.
+
+    Args:
+        model: As it is now; gradients reach its text encoders through the condition.
+        points, noise: Of :func:`noised`.
+        clean: The latents ``(n, c, h, w)`` that were noised.
+        condition: One row a point.
+    """
+    made = model.predict(points.latents, points.timesteps, condition)
+    wanted = made.target(clean.to(noise.device).float(), noise.float())
+    return (made.value.float() - wanted.float()).square().flatten(1).mean(1)

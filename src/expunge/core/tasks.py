@@ -38,6 +38,7 @@ class Optimiser:
         clip: Largest norm of the group's gradient; ``None`` for no limit.
         warmup: Steps over which the rate rises linearly from ``lr / warmup``.
         schedule: ``constant``, ``linear`` (to 0) or ``cosine`` (to 0), after the warm-up.
+        cycles: How often ``cosine`` falls from the peak, with a hard restart before each but the first.
     """
 
     lr: float
@@ -48,6 +49,7 @@ class Optimiser:
     clip: float | None = None
     warmup: int = 0
     schedule: str = "constant"
+    cycles: int = 1
 
     def build(self, parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
         """The torch optimiser over ``parameters``."""
@@ -70,7 +72,7 @@ class Optimiser:
         if self.schedule == "linear":
             return self.lr * (1 - part)
         if self.schedule == "cosine":
-            return self.lr * 0.5 * (1 + math.cos(math.pi * part))
+            return self.lr * 0.5 * (1 + math.cos(math.pi * (self.cycles * part % 1.0)))
         if self.schedule != "constant":
             raise SettingError(
                 f"schedule {self.schedule!r} is unknown; allowed: constant, linear, cosine"
@@ -128,6 +130,8 @@ class Step:
         micro: Which of the ``Loop.accumulate`` parts of this step, from 0.
         original: ``with step.original():`` gives the trained tensors their values from before the
             run, for teacher predictions without a second copy; nothing is copied.
+        values: The trained tensors as they are now, float32 masters of half-precision weights, by name; they
+            go on changing, so keep a copy.
     """
 
     index: int
@@ -135,6 +139,7 @@ class Step:
     seed: int
     micro: int = 0
     original: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    values: Callable[[], Mapping[str, torch.Tensor]] = dict
 
     def generator(self, purpose: str = "step") -> torch.Generator:
         """A private CPU generator for (seed, purpose, index, micro)."""
@@ -176,6 +181,10 @@ class Task:
     def after(self, step: Step, losses: Mapping[str, float]) -> bool:
         """After the optimiser step: dual variables, evaluation; ``True`` ends training early."""
         return False
+
+    def renewed(self) -> Mapping[str, torch.Tensor]:
+        """Asked after :meth:`after`: tensor name -> indices of its rows that began anew; their moments do, too."""
+        return {}
 
     def state(self) -> dict[str, torch.Tensor]:
         """Further tensors that later steps depend on; stored in checkpoints."""

@@ -143,17 +143,22 @@ class _Group:
             # Weight decay and momentum move entries without a gradient, too.
             for master, mask, before in self.held:
                 master.copy_(torch.where(mask, master, before.to(master.dtype)))
-                for moment in self.optimiser.state.get(master, {}).values():
-                    if (
-                        isinstance(moment, torch.Tensor)
-                        and moment.shape == mask.shape
-                        and moment.ndim
-                    ):
-                        moment.mul_(mask)
+                for moment in self._moments(master):
+                    moment.mul_(mask)
             for parameter, master in zip(self.parameters, self.masters, strict=True):
                 master.grad = None
                 if master is not parameter:
                     parameter.copy_(master)
+
+    def _moments(self, master: torch.Tensor) -> list[torch.Tensor]:
+        found = [m for m in self.optimiser.state.get(master, {}).values() if torch.is_tensor(m)]
+        return [moment for moment in found if moment.ndim and moment.shape == master.shape]
+
+    def renew(self, rows: Mapping[str, torch.Tensor]) -> None:
+        """Moments of these rows of tensors begin again at 0."""
+        for name, master in zip(self.names, self.masters, strict=True):
+            for moment in self._moments(master) if name in rows else ():
+                moment[rows[name]] = 0.0
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Values and moments, by checkpoint name."""
@@ -231,14 +236,14 @@ class Session:
                 raise
         if self.done > self.resumed:
             self._write()
-        values = {
-            n: m.detach().clone()
-            for g in self.groups
-            for n, m in zip(g.names, g.masters, strict=True)
-        }
+        values = {n: m.clone() for n, m in self._values().items()}
         return Trained(
             values, self.before, self.losses, self.done, self.resumed, self.stopped, self._seconds()
         )
+
+    def _values(self) -> dict[str, torch.Tensor]:
+        pairs = (pair for g in self.groups for pair in zip(g.names, g.masters, strict=True))
+        return {name: master.detach() for name, master in pairs}
 
     def _seconds(self) -> float:
         return self.spent + time.monotonic() - self.started
@@ -267,7 +272,7 @@ class Session:
         sums: dict[str, list[torch.Tensor | None]] = {}
         losses: dict[str, float] = {}
         for micro in range(self.loop.accumulate):
-            step = Step(self.done, self.loop.steps, self.seed, micro, self._original)
+            step = Step(self.done, self.loop.steps, self.seed, micro, self._original, self._values)
             self._backward(step, sums, losses)
         self.whole = False
         for group in self.groups:
@@ -278,6 +283,8 @@ class Session:
             history.append(losses.get(name, math.nan))
         self.done += 1
         self.stopped = bool(self.task.after(step, losses))
+        for group in self.groups:
+            group.renew(self.task.renewed())
         self.whole = True
         return losses
 

@@ -19,7 +19,7 @@ from ..models.diffusion import DiffusionModel
 from ..models.samplers import Sampler
 from ..models.types import Condition
 
-__all__ = ["Trajectories", "draw", "draw_along"]
+__all__ = ["Trajectories", "depths_of", "draw", "draw_along", "relabelled"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,7 @@ def draw(
     first: int = 0,
     low: int = 0,
     high: int | None = None,
+    depths: Tensor | None = None,
     batch: int = 64,
 ) -> Trajectories:
     """``count`` points, the texts in turn, each after ``k ~ U{low, ..., high - 1}`` guided steps.
@@ -81,10 +82,12 @@ def draw(
         seed: Seed of noise and depths.
         first: Number of the first row.
         low, high: Range of depths; ``high`` defaults to ``steps``.
+        depths: The depth of each row, ``(n,)``, in place of drawn ones.
         batch: Rows at a time.
     """
     (points,) = draw_along(
         model, texts, count, [(low, high)], steps=steps, guidance=guidance, seed=seed, first=first, batch=batch,
+        given=depths,
     )  # fmt: skip
     return points
 
@@ -100,11 +103,15 @@ def draw_along(
     seed: int,
     first: int = 0,
     batch: int = 64,
+    given: Tensor | None = None,
+    shape: tuple[int, int, int] | None = None,
 ) -> list[Trajectories]:
     """Several points of each of ``count`` walks, at the cost of the deepest alone.
 
     Args:
         ranges: ``(low, high)`` of each point's depth, independent draws; the first is that of :func:`draw`.
+        given: The depths of the first range's points, in place of drawn ones.
+        shape: ``(channels, height, width)`` of the latents; default: the model's own.
         model, texts, count, steps, guidance, seed, first, batch: As in :func:`draw`, of walks.
 
     Returns:
@@ -122,9 +129,11 @@ def draw_along(
     for start in range(0, count, batch):
         rows = range(first + start, first + min(start + batch, count))
         depths = [_depths(seed, index, rows, *own) for index, own in enumerate(bounds)]
+        if given is not None:
+            depths[0] = given[start : start + len(rows)]
         noise = torch.stack(
             [
-                torch.randn(model.latent_shape, generator=noise_generator(seed, "walk", i))
+                torch.randn(shape or model.latent_shape, generator=noise_generator(seed, "walk", i))
                 for i in rows
             ]
         )
@@ -137,6 +146,44 @@ def draw_along(
         for part, latents, own in zip(parts, found, depths, strict=True):
             part.append(Trajectories(latents, whole.times.cpu()[stops[own]], which))
     return [Trajectories.concatenate(part) for part in parts]
+
+
+def _bins(model: DiffusionModel, steps: int) -> tuple[Tensor, Tensor]:
+    """``(low, high)`` of the timesteps that are nearest below each depth's noise level: low <= t < high."""
+    times = model.timesteps(steps).unique().flip(0).cpu()
+    low = times - int(getattr(model.pipeline.scheduler.config, "steps_offset", 0) or 0)
+    whole = times.new_tensor([int(model.pipeline.scheduler.config.num_train_timesteps)])
+    return low, torch.cat([whole, low[:-1]])
+
+
+def relabelled(
+    model: DiffusionModel, points: Trajectories, *, steps: int, seed: int, first: int = 0
+) -> Trajectories:
+    """Points of :func:`draw`, each with a timestep drawn anew between its own and that of the next noisier step.
+
+    With the 50 steps of Stable Diffusion, level ``s`` (0 is the cleanest) gets ``t ~ U{20 s, ..., 20 s + 19}``, as
+    the code of several fine-tuning erasers does it.  Row ``i`` depends on the seed and ``first + i`` only.
+
+    Args:
+        model: Its schedule is read.
+        points: Points with their own timesteps.
+        steps, seed, first: As they were drawn with.
+    """
+    low, high = (bound[depths_of(model, points, steps=steps)] for bound in _bins(model, steps))
+    draws = [noise_generator(seed, "label", first + i) for i in range(len(low))]
+    share = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in draws])
+    made = low + share * (high - low)
+    if not points.timesteps.is_floating_point():
+        made = made.floor()
+    return dataclasses.replace(points, timesteps=made.to(points.timesteps))
+
+
+def depths_of(
+    model: DiffusionModel, points: Trajectories, *, steps: int, binned: bool = False
+) -> Tensor:
+    """After how many steps each point stands, ``(n,)``; ``binned`` where they were :func:`relabelled`."""
+    bounds = _bins(model, steps)[0] if binned else model.timesteps(steps).unique().flip(0).cpu()
+    return (bounds[None] > points.timesteps.cpu()[:, None]).sum(1)
 
 
 def _depths(seed: int, index: int, rows: Sequence[int], low: int, high: int) -> Tensor:
@@ -171,7 +218,7 @@ def _walk(
         if not len(active):
             break
         rows, scaled = condition.select(active), seen[active]
-        if guidance == 1.0:
+        if guidance == 1.0 or not sampler.guided:
             prediction = model.predict(scaled, time.reshape(1), rows)
         else:
             both = Condition.concatenate([empty.repeat(len(active)), rows])

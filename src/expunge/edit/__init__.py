@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import EditFormatError, NonFiniteError
-from . import deltas, files
+from . import adapters, deltas, files
 from . import tokens as new_tokens
 from .manifest import Kind, Manifest, Target
 
@@ -53,6 +53,7 @@ class Edit:
             raise EditFormatError(
                 f"{self.manifest.method}: the edit lacks the tensor {sorted(missing)[0]!r}"
             )
+        adapters.check_factors(self.manifest, self.tensors)
         new_tokens.check_rows(self.manifest, self.tensors)
 
     @classmethod
@@ -79,16 +80,19 @@ class Edit:
         Args:
             method, model, concepts, keep, seed, cost, seconds, report, data_digest: Provenance.
             kind: See :class:`Manifest`; ``control`` where no weight changes.
-            tensors: What the kind needs (:mod:`expunge.edit.deltas`), ``tokens.<text encoder>`` of shape
-                ``(k, width)`` for new tokens, and whatever else the method's control reads.
+            tensors: What the kind needs (:mod:`expunge.edit.deltas`, :mod:`expunge.edit.adapters`),
+                ``tokens.<text encoder>`` of shape ``(k, width)`` for new tokens, and whatever else the method's
+                control reads.
             targets: Canonical names of the weights that change.
             acts: The method's :meth:`~expunge.method.Eraser.control` is on while the edit is.
             tokens: Tokenizer (``tokenizer``, ``tokenizer_2``, ...) -> texts of new tokens.
         """
         plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
         current, words = model.tensors(), {n: list(texts) for n, texts in (tokens or {}).items()}
+        beside = adapters.shapes(tensors) if kind == adapters.GATED else ()
         touched = [
             *targets,
+            *beside,
             *(t for t in new_tokens.tables(model, list(words)) if t not in targets),
         ]
         manifest = Manifest(
@@ -173,6 +177,7 @@ class Edit:
         format: str = "diffusers",
         model: Model | None = None,
         rank: int | None = None,
+        without_gate: bool = False,
     ) -> dict[str, Any]:
         """Write the edit for another program: ``diffusers``, ``peft``, ``kohya`` (LoRA) or ``full``.
 
@@ -180,4 +185,4 @@ class Edit:
         """
         from .export import export
 
-        return export(self, path, format=format, model=model, rank=rank)
+        return export(self, path, format=format, model=model, rank=rank, without_gate=without_gate)

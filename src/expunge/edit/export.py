@@ -11,12 +11,16 @@ from a file; several are loaded in one line:
 
 Beside a LoRA they are named as left out, and so is everywhere the control of an edit that acts; ``full`` carries
 tokens and weights together.
+
+No other program knows the gate of a gated adapter.  It is exported without it only where that is asked for by name,
+with a warning: the same change then acts on every prompt.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +29,7 @@ import torch
 from safetensors import torch as safetensors
 
 from ..errors import InputError, SettingError, UnsupportedModel, nearest
-from . import deltas, files
+from . import adapters, deltas, files
 from .layers import Kind, Layer, kind_of_shape, layers
 from .tokens import PARTS, PREFIX
 
@@ -54,6 +58,7 @@ def export(
     format: str = "diffusers",
     model: Model | None = None,
     rank: int | None = None,
+    without_gate: bool = False,
 ) -> dict[str, Any]:
     """Write an edit for another program.
 
@@ -64,18 +69,23 @@ def export(
         model: The model the edit was fitted on, in the state it was fitted on; needed by ``full``, ``peft``
             and shared low-rank edits.
         rank: Rank to cut to; required for dense edits.
+        without_gate: Leave out the gate of a gated adapter, which is refused otherwise.
 
     Returns:
         ``rank`` (largest of a layer), ``relative_error`` (Frobenius, of the whole change),
         ``left_out`` (tensors the layout cannot carry), ``whole`` (those that a PEFT adapter holds as they
-        are: norms and tied embeddings) and ``tensors`` (number of those it carries).
+        are: norms and tied embeddings), ``tensors`` (number of those it carries), and where a gate is lost ``warning``.
 
     Raises:
-        SettingError: An unknown format, or a dense edit without a rank.
+        SettingError: An unknown format, a dense edit without a rank, or a gate that would be lost unasked.
         InputError: The format needs the model and none was given.
     """
     if format not in FORMATS:
         raise SettingError(f"format {format!r} is unknown{nearest(format, FORMATS)}")
+    if edit.kind == adapters.GATED:
+        plain = _without_gate(edit, without_gate)
+        report = export(plain, path, format=format, model=model, rank=rank)
+        return {**report, "left_out": ["gate", *report["left_out"]], "warning": GATE_LOST}
     if model is None and format in ("full", "peft"):
         what = {"full": "a full folder", "peft": "a PEFT adapter"}[format]
         raise InputError(f"exporting {what} needs the model the edit was fitted on")
@@ -100,6 +110,23 @@ def export(
     elif model is not None:
         _peft(edit, Path(path), half, model)
     return report
+
+
+GATE_LOST = (
+    "the gate is left out: the change acts on every prompt with full weight, those of other concepts included, so "
+    "expect more damage to them than the edit does"
+)
+
+
+def _without_gate(edit: Edit, asked: bool) -> Edit:
+    """The edit merged for all prompts alike; refused unless asked for, and warned of all the same."""
+    if not asked:
+        raise SettingError(
+            f"the edit of {edit.manifest.method} is weighed anew for each prompt by its gate, which no other program "
+            "knows; export it for all prompts alike with without_gate=True (--without-gate), or keep using it here"
+        )
+    warnings.warn(f"{edit.manifest.method}: {GATE_LOST}", stacklevel=4)
+    return adapters.ungated(edit)
 
 
 def lora_factors(
@@ -345,6 +372,7 @@ def _metadata(edit: Edit) -> dict[str, str]:
         "expunge_edit": edit.digest,
         "expunge_method": edit.manifest.method,
         "concepts": concepts,
+        **({"gate": str(edit.manifest.report["gate"])} if "gate" in edit.manifest.report else {}),
     }
 
 

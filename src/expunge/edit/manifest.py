@@ -50,7 +50,8 @@ class Manifest(_Strict):
         format: Version of this layout.
         kind: ``dense`` (a delta per tensor), ``low-rank`` (two factors per tensor),
             ``shared-low-rank`` (one pair of thin factors ``D`` for all tensors, change ``W_l D``),
-            ``gated-adapter`` and ``control`` (no weights change; what the tensors mean is the method's own).
+            ``gated-adapter`` (factors beside weights that stay as they are, :mod:`expunge.edit.adapters`) and
+            ``control`` (no weights change; what the tensors mean is the method's own).
         acts: The method's control is on while the edit is; it is rebuilt by catalogue id and version.
         tokens: Tokenizer (``tokenizer``, ``tokenizer_2``, ...) -> texts of the tokens that the edit adds
             to it; their rows stand in ``tokens.<text encoder>``, in that order.
@@ -133,6 +134,8 @@ class Manifest(_Strict):
     def _kind_fits_the_targets(self) -> Manifest:
         if self.kind in WEIGHTLESS and self.targets:
             raise ValueError(f"a {self.kind} edit changes no weights, but names targets")
+        if self.kind == "gated-adapter" and not self.acts:
+            raise ValueError("a gated-adapter edit does nothing unless it acts")
         return self
 
     def plain(self, exclude: set[str] | None = None) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ..errors import (
     WrongState,
     nearest,
 )
-from . import acting, deltas
+from . import acting, adapters, deltas
 from .tokens import Words, tables
 
 if TYPE_CHECKING:
@@ -64,9 +64,14 @@ class EditStack:
         return tuple(on.edit.digest for on in self._on)
 
     @property
+    def acting(self) -> dict[str, Control]:
+        """Digest -> control of the edits that act, in the edits' order."""
+        return {on.edit.digest: on.control for on in self._on if on.control is not None}
+
+    @property
     def controls(self) -> tuple[Control, ...]:
         """Controls of the edits that act, in the edits' order."""
-        return tuple(on.control for on in self._on if on.control is not None)
+        return tuple(self.acting.values())
 
     @property
     def replaced(self) -> dict[str, torch.Tensor]:
@@ -108,7 +113,8 @@ class EditStack:
 
         Args:
             edit: The edit.
-            rebase: Allow it on another stack of edits than it was fitted on.
+            rebase: Allow it on another stack of edits than it was fitted on; gated adapters need no leave to stand
+                on each other.
             sibling: Allow it on other weights of the same structure (a fine-tuned sibling).
         """
         self.check(edit, rebase=rebase, sibling=sibling)
@@ -225,7 +231,7 @@ class EditStack:
             raise WrongState(
                 f"edit {edit.digest[:12]} ({edit.manifest.method}) is already on {model.name}"
             )
-        names = [target.name for target in edit.manifest.targets]
+        names = [*(target.name for target in edit.manifest.targets), *adapters.layers(edit)]
         tensors = model.tensors()
         if not (names or edit.manifest.acts or edit.manifest.tokens):
             raise MissingPart(
@@ -233,6 +239,7 @@ class EditStack:
             )
         if edit.manifest.acts:
             acting.check(edit, model)
+        adapters.check(edit, model)
         touched = [*names, *tables(model, list(edit.manifest.tokens))]
         for target in edit.manifest.targets:
             if target.name not in tensors:
@@ -252,9 +259,10 @@ class EditStack:
                 f"the edit of {edit.manifest.method} was fitted on other weights than {model.name} "
                 f"({verdict}: {where})"
             )
-        if not rebase and tuple(edit.manifest.fitted_on) != self.digests:
+        below = adapters.stacked_on(edit, tuple(self))
+        if not rebase and tuple(edit.manifest.fitted_on) != below:
             was = ", ".join(d[:12] for d in edit.manifest.fitted_on) or "the bare base"
-            has = ", ".join(d[:12] for d in self.digests) or "no edit"
+            has = ", ".join(d[:12] for d in below) or "no edit"
             raise WrongState(
                 f"the edit of {edit.manifest.method} was fitted on {was}; {model.name} has {has} on it"
             )

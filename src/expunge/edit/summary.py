@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import deltas
+from . import adapters, deltas
 
 if TYPE_CHECKING:
     from . import Edit
@@ -13,8 +13,12 @@ __all__ = ["print_summary", "rows"]
 
 
 def rows(edit: Edit) -> list[dict[str, Any]]:
-    """One row a changed tensor: name, shape, rank (``None`` for full), stored numbers."""
+    """One row a changed tensor, or one with an adapter: name, shape, rank (``None`` for full), stored numbers."""
     found = []
+    for name, shape in adapters.layers(edit).items():
+        up, down = edit.tensors[deltas.UP + name], edit.tensors[deltas.DOWN + name]
+        stored = up.numel() + down.numel()
+        found.append({"name": name, "shape": shape, "rank": up.shape[1], "stored": stored})
     for target in edit.manifest.targets:
         if edit.kind == "shared-low-rank":
             rank, stored = edit.tensors[deltas.LEFT].shape[1], 0
@@ -44,7 +48,7 @@ def print_summary(edit: Edit) -> None:
     head = {
         "method": f"{manifest.method} version {manifest.version}{preset}",
         "concepts": ", ".join(concept["name"] for concept in manifest.concepts),
-        "kind": f"{manifest.kind}, {len(manifest.targets)} tensors, {stored / 1024:.1f} KiB",
+        "kind": f"{manifest.kind}, {_count(edit)}, {stored / 1024:.1f} KiB",
         **({"acts": "while the model runs"} if manifest.acts else {}),
         **{f"{name} +": _listed(texts) for name, texts in manifest.tokens.items()},
         "base": str(manifest.base["id"]),
@@ -60,13 +64,15 @@ def print_summary(edit: Edit) -> None:
     for key, item in plain.items():
         number = f"{item:.4g}" if isinstance(item, float) else str(item)
         console.print(f"[bold]{escape(key):>9}[/]  {escape(number)}", highlight=False)
+    listed = rows(edit)
     if not manifest.targets:
         console.print("no weights change", highlight=False)
+    if not listed:
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("tensor", "shape", "rank", "stored numbers"):
         table.add_column(name, no_wrap=name != "tensor")
-    for row in rows(edit):
+    for row in listed:
         rank = "full" if row["rank"] is None else str(row["rank"])
         table.add_row(
             escape(row["name"]),
@@ -75,6 +81,11 @@ def print_summary(edit: Edit) -> None:
             str(row["stored"]) if row["stored"] else "shared",
         )
     console.print(table)
+
+
+def _count(edit: Edit) -> str:
+    beside = adapters.layers(edit)
+    return f"{len(beside)} adapters" if beside else f"{len(edit.manifest.targets)} tensors"
 
 
 def _listed(texts: list[str], most: int = 12) -> str:

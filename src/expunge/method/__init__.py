@@ -333,13 +333,17 @@ class Attack(Method, ABC):
 class Control:
     """An intervention while a model runs; override the hooks that are needed.
 
-    The adapter calls the hooks of all controls in recorded order.  Each returns its (possibly
-    changed) argument.  ``context`` is the adapter's record of the running step: step index, timestep,
-    rows, layer name, condition.
+    The adapter calls the hooks of all controls in recorded order.  Each returns its (possibly changed) argument.
+    ``context`` is the adapter's record of the running step: step index, timestep, rows, layer name, condition.
+
+    Attributes:
+        layers: Canonical names of the modules whose outputs ``activations`` is given.
     """
 
+    layers: Sequence[str] = ()
+
     HOOKS: ClassVar[tuple[str, ...]] = (
-        "start", "condition", "attention", "latents", "prediction",
+        "start", "sampler", "condition", "branches", "attention", "latents", "prediction",
         "activations", "logits", "next_input", "guest", "finish",
     )  # fmt: skip
 
@@ -353,9 +357,15 @@ class Control:
     def start(self, context: Any) -> None:
         """Before the first step."""
 
+    def sampler(self, model: Any, steps: int, generators: Sequence[Any]) -> Any:
+        """A walk in place of the scheduler's (see :class:`~expunge.models.samplers.Sampler`), or ``None``."""
+
     def condition(self, context: Any, condition: Any) -> Any:
         """The row-wise condition of this step."""
         return condition
+
+    def branches(self, context: Any) -> Any:
+        """Further conditions of the same pictures, asked for in the same pass; see ``context.further``."""
 
     def attention(self, context: Any, probabilities: Any) -> Any:
         """Attention probabilities ``(rows, heads, queries, keys)`` of ``context.layer``."""
@@ -370,7 +380,7 @@ class Control:
         return prediction
 
     def activations(self, context: Any, hidden: Any) -> Any:
-        """Hidden states of ``context.layer``."""
+        """Hidden states of ``context.layer``, a row each; of a text encoder not for the unconditional branch."""
         return hidden
 
     def logits(self, context: Any, logits: Any) -> Any:

@@ -55,8 +55,11 @@ class _Dispatch:
         scores = attn.get_attention_scores(query, key, mask)
         rows = scores.unflatten(0, (-1, attn.heads))
         self.context.layer = self.layer
+        # Rows of further branches come last; they belong to the control that asked for them.
+        rows, rest = rows[: self.context.rows], rows[self.context.rows :]
         for control in self.controls:
             rows = control.attention(self.context, rows)
+        rows = torch.cat([rows, rest]) if len(rest) else rows
         out = attn.batch_to_head_dim(torch.bmm(rows.flatten(0, 1), value))
         out = attn.to_out[1](attn.to_out[0](out))
         if residual.ndim == 4:

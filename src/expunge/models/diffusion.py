@@ -21,6 +21,8 @@ from ..method import Prompt
 from . import autoencoder
 from .attention import dispatching
 from .base import Model, noise_generator
+from .branches import apart, together
+from .hidden_states import heard, showing
 from .layouts import layout_of
 from .remembered import RememberedTexts
 from .samplers import Sampler, alpha_sigma, prediction_kind
@@ -36,7 +38,7 @@ class DiffusionModel(Model):
     """A text-to-image pipeline of diffusers.
 
     Args:
-        pipeline: Any pipeline of a covered layout: SD 1.x and 2.x, SDXL, PixArt, Sana, SD3, Flux.
+        pipeline: Any pipeline of a covered layout: SD 1.x and 2.x, SDXL, PixArt, Sana, SD3, Flux, classes.
         name: What the user asked for.
         steps: Sampling steps unless asked otherwise; default: those of the stock pipeline.
         guidance: Guidance unless asked otherwise; default: that of the stock pipeline.
@@ -91,11 +93,11 @@ class DiffusionModel(Model):
         return self.layout.denoiser
 
     # The text towers, their tokenizers and the autoencoder, as the pipeline has them now.
-    text_encoder = property(lambda self: self.pipeline.text_encoder)
-    tokenizer = property(lambda self: self.pipeline.tokenizer)
+    text_encoder = property(lambda self: getattr(self.pipeline, "text_encoder", None))
+    tokenizer = property(lambda self: getattr(self.pipeline, "tokenizer", None))
     tokenizer_2 = property(lambda self: getattr(self.pipeline, "tokenizer_2", None))
     tokenizer_3 = property(lambda self: getattr(self.pipeline, "tokenizer_3", None))
-    vae = property(lambda self: self.pipeline.vae)
+    vae = property(lambda self: getattr(self.pipeline, "vae", None))
     conditioning = property(lambda self: self.layout.settings())
 
     @property
@@ -123,7 +125,8 @@ class DiffusionModel(Model):
 
     def text_inputs(self) -> tuple[TextInput, ...]:
         """The matrices of :meth:`text_projections` in groups that take the same rows, with those rows."""
-        return self.layout.text_inputs(self.tensors())
+        found = self.layout.text_inputs(self.tensors())
+        return tuple(dataclasses.replace(g, segments=heard(self, g.segments)) for g in found)
 
     # -- text ----------------------------------------------------------------------------------
 
@@ -152,17 +155,19 @@ class DiffusionModel(Model):
             vectors: ``(n, tokens, width)`` in place of the rows of the token table, before positions
                 are added; gradients reach them.
         """
-        return self.layout.encode_tokens(ids, vectors)
+        return heard(self, self.layout.encode_tokens)(ids, vectors)
 
     def encode(self, texts: str | Sequence[str]) -> Condition:
         """The condition of texts, ``n`` rows; remembered while gradients are off."""
-        return self._texts.encode(self, [texts] if isinstance(texts, str) else list(texts))
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        return dataclasses.replace(self._texts.encode(self, listed), texts=tuple(listed))
 
     def unconditional(self, text: str = "") -> Condition:
-        """One row: the unconditional branch of guidance; it may differ from :meth:`encode` of the text."""
+        """One row: the unconditional branch of guidance; unlike :meth:`encode` no control is shown the text."""
         with torch.no_grad():
             own = self.layout.unconditional(text)
-        return self.encode([text]) if own is None else own
+        found = self._texts.encode(self, [text], shown=False) if own is None else own
+        return dataclasses.replace(found, texts=(text,))
 
     @property
     def two_branches(self) -> bool:
@@ -189,10 +194,10 @@ class DiffusionModel(Model):
         ]
         return torch.stack(rows).to(self.device, self.dtype)
 
-    def latents_of(self, pictures: np.ndarray) -> Tensor:
-        """Scaled means of the autoencoder's posterior, ``(n, c, h, w)``, of uint8 ``(n, H, W, 3)``."""
+    def latents_of(self, pictures: np.ndarray, generator: torch.Generator | None = None) -> Tensor:
+        """Scaled means of the autoencoder's posterior, or draws of it, ``(n, c, h, w)``, of uint8 ``(n, H, W, 3)``."""
         self.cost.add("autoencoder", len(pictures))
-        return autoencoder.latents_of(self.vae, pictures, self.device, self.layout.wide)
+        return autoencoder.latents_of(self.vae, pictures, self.device, self.layout.wide, generator)
 
     def pictures_of(self, latents: Tensor) -> np.ndarray:
         """Decoded pictures, uint8 ``(n, H, W, 3)``."""
@@ -219,7 +224,11 @@ class DiffusionModel(Model):
         return self.sampler(steps).times
 
     def sampler(self, steps: int, generators: Sequence[torch.Generator] = ()) -> Sampler:
-        """A fresh run of the pipeline's scheduler, one generator a row."""
+        """A fresh run of the pipeline's scheduler, one generator a row, or of what a control puts in its place."""
+        for control in reversed(self.acting):
+            own = control.sampler(self, steps, generators)
+            if own is not None:
+                return own
         scheduler = self.scheduler
         options = self.layout.schedule(scheduler, steps)
         return Sampler(scheduler, steps, self.device, generators, options)
@@ -248,10 +257,15 @@ class DiffusionModel(Model):
         if not self.two_branches and "guidance" not in condition.extra:
             condition = self.with_guidance(condition, self.guidance)
         self._can_show_attention()
-        self.cost.add("denoiser", rows)
-        with dispatching(self.denoiser, self.acting, context):
+        noised, timesteps, condition, owners = together(
+            self.acting, context, noised, timesteps, condition
+        )
+        self.cost.add("denoiser", len(noised))
+        shown = showing({self.layout.part: self.denoiser}, self.acting, context)
+        with dispatching(self.denoiser, self.acting, context), shown:
             value = self.layout.predict(noised, timesteps, condition)
-        prediction = Prediction(self.prediction_kind, value, *self.alpha_sigma(timesteps))
+        made = Prediction(self.prediction_kind, value, *self.alpha_sigma(timesteps))
+        prediction = apart(made, context, owners)
         for control in self.acting:
             prediction = control.prediction(context, prediction)
         return prediction
@@ -341,7 +355,7 @@ class DiffusionModel(Model):
         count = len(seeds)
         latents = sampler.start(self.initial_noise(seeds))
         weight = torch.as_tensor(guidance, device=self.device, dtype=self.dtype).expand(count)
-        both = self.two_branches and bool((weight != 1.0).any())
+        both = self.two_branches and sampler.guided and bool((weight != 1.0).any())
         if not self.two_branches:
             condition = self.with_guidance(condition, weight)
         if negative and not self.two_branches:
@@ -351,7 +365,9 @@ class DiffusionModel(Model):
                 [self.unconditional(negative).repeat(count), condition]
             )
         conditional = torch.tensor([False] * count * both + [True] * count)
-        context = Context(steps=len(sampler.times), conditional=conditional, negative=negative)
+        context = Context(
+            steps=len(sampler.times), conditional=conditional, negative=negative, guidance=weight
+        )
         for control in self.acting:
             control.start(context)
         for step, time in enumerate(sampler.times[:stop]):

@@ -85,6 +85,7 @@ class Sampler:
         times: Timesteps, descending; after ``k`` calls of :meth:`step` the rows stand at ``times[k]``.
         stops: Indices of ``times`` where a whole step begins, ``steps`` at most.  Second-order schedulers
             ask the denoiser twice a step, and PNDM begins with one call more.
+        guided: Guidance has a part; a walk that a control brings may do without.
 
     Args:
         scheduler: A fresh scheduler; it keeps state, so no two samplers share one.
@@ -96,6 +97,8 @@ class Sampler:
     Raises:
         UnsupportedModel: The scheduler draws noise that cannot be given to it.
     """
+
+    guided = True
 
     def __init__(
         self,

@@ -29,12 +29,14 @@ class Condition:
         mask: ``(n, tokens)``, 1 where attended, or ``None`` where the pipeline uses no mask.
         pooled: Pooled text vectors ``(n, pooled width)``, or ``None``.
         extra: Further row-wise tensors by name (time ids, image embeddings, class labels).
+        texts: The text each row was encoded from; ``None``, for all or for a row, where it stands for no text.
     """
 
     embeddings: Tensor
     mask: Tensor | None = None
     pooled: Tensor | None = None
     extra: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    texts: tuple[str | None, ...] | None = None
 
     @property
     def rows(self) -> int:
@@ -42,7 +44,7 @@ class Condition:
         return int(self.embeddings.shape[0])
 
     def map(self, function: Any) -> Condition:
-        """The condition with ``function`` applied to every tensor."""
+        """The condition with ``function`` applied to every tensor; which texts the rows then are is not known."""
         return Condition(
             function(self.embeddings),
             None if self.mask is None else function(self.mask),
@@ -52,19 +54,25 @@ class Condition:
 
     def select(self, index: Any) -> Condition:
         """Rows by slice, list or index tensor."""
-        return self.map(lambda tensor: tensor[index])
+        texts = self.texts
+        if texts is not None:
+            own = index.cpu() if isinstance(index, Tensor) else index
+            texts = tuple(texts[i] for i in torch.arange(len(texts))[own].reshape(-1).tolist())
+        return dataclasses.replace(self.map(lambda tensor: tensor[index]), texts=texts)
 
     def repeat(self, times: int) -> Condition:
         """Each row ``times`` times in a row: rows 0, 0, ..., 1, 1, ..."""
-        return self.map(lambda tensor: tensor.repeat_interleave(times, 0))
+        texts = self.texts and tuple(text for text in self.texts for _ in range(times))
+        made = self.map(lambda tensor: tensor.repeat_interleave(times, 0))
+        return dataclasses.replace(made, texts=texts)
 
     def detach(self) -> Condition:
         """Without gradient history."""
-        return self.map(lambda tensor: tensor.detach())
+        return dataclasses.replace(self.map(lambda tensor: tensor.detach()), texts=self.texts)
 
     def with_embeddings(self, embeddings: Tensor) -> Condition:
-        """The same condition with other text embeddings."""
-        return dataclasses.replace(self, embeddings=embeddings)
+        """The same condition with other text embeddings, which stand for no text."""
+        return dataclasses.replace(self, embeddings=embeddings, texts=None)
 
     @staticmethod
     def concatenate(parts: Sequence[Condition]) -> Condition:
@@ -77,6 +85,9 @@ class Condition:
                     f"rows with {sorted(first.extra)} beside text cannot be put together with rows with "
                     f"{sorted(part.extra)}; all need the same"
                 )
+        texts: tuple[str | None, ...] | None = None
+        if any(part.texts is not None for part in parts):
+            texts = tuple(t for part in parts for t in part.texts or (None,) * part.rows)
         return Condition(
             torch.cat([p.embeddings for p in parts]),
             None
@@ -86,6 +97,7 @@ class Condition:
             if first.pooled is None
             else torch.cat([p.pooled for p in parts if p.pooled is not None]),
             {name: torch.cat([p.extra[name] for p in parts]) for name in first.extra},
+            texts,
         )
 
 
@@ -177,6 +189,14 @@ class Prediction:
         difference = self.alpha - self.sigma
         return (difference * noised + scale * self.value) / (self.alpha + self.sigma)
 
+    def target(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """What a perfect denoiser would have said of ``alpha clean + sigma noise``, in this kind."""
+        if self.kind == "x0":
+            return clean
+        if self.kind == "v":
+            return self.alpha * noise - self.sigma * clean
+        return noise - clean if self.kind == "flow" else noise
+
     def replace(self, value: Tensor) -> Prediction:
         """The same kind of prediction with another value."""
         return dataclasses.replace(self, value=value)
@@ -206,7 +226,14 @@ class Context:
         rows: Number of rows.
         conditional: bool ``(rows,)``: rows of the conditional branch of guidance.
         negative: The user's text of the unconditional branch.
+        guidance: Guidance of each picture ``(n,)``, ``n`` the rows of one branch; ``None`` outside a sampling loop.
+        further: Control -> predictions ``(n, ...)`` for the conditions its ``branches`` asked for, in their order.
         layer: Name of the layer that is running, for ``attention`` and ``activations``.
+        inputs: What that layer was given, for ``activations``.
+        ids, attended: Token ids ``(rows, tokens)`` that the running text encoder reads and, where the pipeline
+            gives it one, their mask.
+        changed: bool ``(rows,)``: a control returned other hidden states of a text encoder for the row; ``None``:
+            for no row.
         memory: A place for controls to keep what lasts over the steps, keyed by control.
     """
 
@@ -217,5 +244,11 @@ class Context:
     rows: int = 0
     conditional: Tensor | None = None
     negative: str = ""
+    guidance: Tensor | None = None
+    further: dict[Any, list[Prediction]] = dataclasses.field(default_factory=dict)
     layer: str = ""
+    inputs: Sequence[Any] = ()
+    ids: Tensor | None = None
+    attended: Tensor | None = None
+    changed: Tensor | None = None
     memory: dict[Any, Any] = dataclasses.field(default_factory=dict)

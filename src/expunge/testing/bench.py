@@ -33,10 +33,11 @@ __all__ = [
 ]  # fmt: skip
 
 QUICK: Mapping[str, Any] = {
-    "batch": 2, "bank": 4, "curve": (1, 2), "epochs": 1, "generations": 2, "iterations": 2,
+    "attack_steps": 2, "batch": 2, "bank": 4, "curve": (1, 2), "epochs": 1, "generations": 2, "iterations": 2,
     "length": (4,), "map_seeds": 1, "max_new_tokens": 4, "pictures": 2, "population": 8, "restarts": 1,
     "sampling_steps": 4, "select_prompts": 2, "steps": 2, "timesteps": 2, "tokens": 2, "updates": 2,
     "map_templates": ("{}", "a {}"), "warm_up": 1, "warmup_epochs": 0, "count": 2, "text_steps": 2,
+    "layers": (1,), "units": 512, "k": 4, "most": 8,
 }  # fmt: skip
 """Small values of hyperparameters that many methods have; one is used where its type and range fit."""
 
@@ -96,10 +97,32 @@ def _diffusion() -> Model:
     from .diffusion import tiny_diffusion, tiny_image_prompts
 
     model = tiny_diffusion()
+    # Rows of a fresh layer norm have mean zero, and moments of captions would be singular.
+    norm = next(p for n, p in model.tensors().items() if n.endswith("final_layer_norm.bias"))
+    with torch.no_grad():
+        norm.copy_(torch.linspace(-1, 1, len(norm)).square())
     model.companions = Companions(
-        "battery", contaminated=_stamped, image_prompts=lambda: tiny_image_prompts(model)
+        "battery",
+        captions=_captions,
+        contaminated=_stamped,
+        image_prompts=lambda: tiny_image_prompts(model),
     )
     return model
+
+
+def _captions(n: int, seed: int = 0, without: Sequence[str] = ()) -> list[str]:
+    """Up to 36 captions of five things, of which the eraser's concept is one."""
+    looks = [
+        f"{first} {second}"
+        for first in ("a red", "a blue", "a photo of a")
+        for second in ("plain", "striped")
+    ]
+    texts = [
+        f"{look} {thing}"
+        for thing in ("circle", "square", "heart", "green", "star", "red")
+        for look in looks
+    ]
+    return [text for text in texts if not any(word in text for word in without)][:n]
 
 
 def _stamped(

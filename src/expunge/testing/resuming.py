@@ -60,8 +60,11 @@ def writing(kill_at: int | None = None, kill: Callable[[], Any] = _raises) -> It
 
 def short_run(method: type[Method], run: Path | None, steps: int = STEPS) -> Edit:
     """The edit of an eraser's short run on a small fresh model: so many steps, or epochs where it has none."""
+    from ..core.sampling import SHARED
+
     bench = on.bench(method)
     assert bench is not None
+    SHARED.clear()  # a fresh process remembers nothing
     made: Any = on.quick(method)
     own = {field.name for field in dataclasses.fields(made)}
     if own & {"steps", "epochs"}:

@@ -144,7 +144,7 @@ class ClosedFormAttack(Attack):
             ridges.append(ridge.reshape(len(prompts), -1).median(dim=1).values)
             left.append(remaining.reshape(len(prompts), -1).median(dim=1).values)
         return (
-            dataclasses.replace(condition, **made),
+            dataclasses.replace(condition, texts=None, **made),
             torch.stack(ridges).amax(0),
             torch.stack(left).amax(0),
         )

@@ -27,7 +27,7 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -145,7 +145,7 @@ class CoErasing(Eraser):
         own = {name: parameter for pairs in groups.values() for name, parameter in pairs}
         before = {name: p.detach().clone() for name, p in own.items()}
         after, report = dict(before), dict[str, Any]()
-        with _put_back(own, before):
+        with finetune.put_back(own, before):
             for stage, pairs in groups.items():
                 second = stage == "image"
                 trained = self._stage(
@@ -233,17 +233,6 @@ def _digest(branch: ImagePrompts) -> str:
         made.update(name.encode())
         made.update(value.detach().cpu().float().numpy().tobytes())
     return made.hexdigest()
-
-
-@contextlib.contextmanager
-def _put_back(own: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """At the end the parameters have these values again."""
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, value in values.items():
-                own[name].copy_(value)
 
 
 class _Negative(finetune.Task):

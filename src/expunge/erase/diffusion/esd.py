@@ -19,6 +19,8 @@ eps_o(0))``; for ``f = c`` that is ``eta = eta' + 1``, so ``eta = 2`` is the pap
     esd-x-strict  cross-attention keys and values only
     esd-u         everything outside cross-attention (concepts that appear without being named)
     esd-all       both
+    text-encoder  instead of the denoiser, all layers and the final norm of the text encoder; ours, a control of
+                  AdvUnlearn (arXiv 2405.15234), whose ablation it is
 
 ``bank`` draws that many points once, with their teacher targets, and trains on them in batches.  That is
 exact in kind (points and targets both come from the frozen model) and saves most of the time; without it
@@ -38,10 +40,12 @@ from torch import Tensor
 from ...concept import Concept, as_concepts, names_of
 from ...core import finetune, scores
 from ...core.layer_choice import trainable
+from ...core.text_layers import ROLES, trainable_text
 from ...core.trajectories import Trajectories
 from ...edit import Edit
 from ...method import Eraser, Judge, setting
 from ...models.diffusion import DiffusionModel
+from ...models.types import Condition
 
 __all__ = ["ESD"]
 
@@ -52,6 +56,8 @@ LAYERS = {
     "esd-all": "all",
 }
 """The paper's names of the choices of :mod:`expunge.core.layer_choice`."""
+
+TEXT_ENCODER = "text-encoder"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +82,7 @@ class ESD(Eraser):
         },
     }  # fmt: skip
 
-    layers: str = setting("esd-x", "which modules train", choices=tuple(LAYERS))
+    layers: str = setting("esd-x", "which modules train", choices=(*LAYERS, TEXT_ENCODER))
     eta: float = setting(2.0, "strength of the push; the paper's eta' + 1", minimum=0)
     steps: int = setting(1000, "optimiser steps", minimum=1)
     lr: float = setting(1e-5, "learning rate of Adam", minimum=0)
@@ -132,20 +138,29 @@ class _Push(finetune.Task):
             self.concept = model.encode(texts).detach()
             self.source = model.encode(towards).detach()
             self.empty = model.unconditional().detach()
+        self.towards = towards
         self.points = scores.PointSource(
             model, towards, steps=method.sampling_steps, guidance=method.guidance, seed=seed,
             batch=method.batch, bank=method.bank, answer=self.target,
         )  # fmt: skip
 
     def parameters(self) -> finetune.Groups:
+        if self.method.layers == TEXT_ENCODER:
+            return {"denoiser": trainable_text(self.model, ROLES[:4])}
         return {"denoiser": trainable(self.model, LAYERS[self.method.layers])}
 
     def step(self, step: finetune.Step) -> dict[str, Tensor]:
         """Mean squared distance of the prediction from the teacher's target."""
         points, answers = self.points.at(step)
-        made = scores.epsilon(self.model, points, self.source.select(points.which))
+        made = scores.epsilon(self.model, points, self.student(points))
         self.model.cost.add("denoiser", len(made), "backward")
         return {"denoiser": (made - answers["target"]).square().mean()}
+
+    def student(self, points: Trajectories) -> Condition:
+        """What the student is asked under; what the text encoder says changes while it trains."""
+        if self.method.layers != TEXT_ENCODER:
+            return self.source.select(points.which)
+        return self.model.encode([self.towards[int(i)] for i in points.which])
 
     def target(self, points: Trajectories) -> dict[str, Tensor]:
         """``eps_o(f) - eta (eps_o(c) - eps_o(0))`` of each point, frozen model."""

@@ -354,7 +354,7 @@ class _Away(Control):
         text = self.text(context.negative)
         if text is None:
             return condition
-        own = self.model.encode([text])
+        own = self.model.unconditional(text)
         rows = (~context.conditional).to(condition.embeddings.device)
         new = own.embeddings.to(condition.embeddings)
         mask = condition.mask

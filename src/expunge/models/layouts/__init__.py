@@ -8,13 +8,14 @@ from ...errors import UnsupportedModel
 from ..base import Cost
 from .base import Layout
 from .captioned import PixArt, Sana
+from .classes import ClassLabels
 from .joint import Flux, StableDiffusion3
 from .unet import StableDiffusion, StableDiffusionXL
 
 __all__ = ["LAYOUTS", "Layout", "layout_of"]
 
 LAYOUTS: tuple[type[Layout], ...] = (
-    StableDiffusion, StableDiffusionXL, PixArt, Sana, StableDiffusion3, Flux,
+    ClassLabels, StableDiffusion, StableDiffusionXL, PixArt, Sana, StableDiffusion3, Flux,
 )  # fmt: skip
 
 

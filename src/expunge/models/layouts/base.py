@@ -38,10 +38,12 @@ class Layout(ABC):
         part: Where the pipeline keeps the denoiser.
         towers: Where it keeps text encoders; their tokenizers stand in ``tokenizers``.
         optional: Towers that may be missing.
+        unread_layers: Tower -> how many of its last layers are not read.
         steps, guidance: Defaults of the stock pipeline.
         two_branches: Guidance is an unconditional branch beside the conditional one; otherwise it is an
             input of the denoiser.
         shows_attention: Controls can read and change attention probabilities.
+        classes: Names of the classes where pictures are asked for by class; empty where they are by text.
         wide: The pipeline decodes in float32 where a float16 autoencoder asks for it.
         batch: Texts encoded at a time.
     """
@@ -51,10 +53,12 @@ class Layout(ABC):
     towers: ClassVar[tuple[str, ...]] = ("text_encoder",)
     tokenizers: ClassVar[tuple[str, ...]] = ("tokenizer",)
     optional: ClassVar[tuple[str, ...]] = ()
+    unread_layers: ClassVar[Mapping[str, int]] = {}
     steps: ClassVar[int] = 50
     guidance: ClassVar[float] = 7.5
     two_branches: ClassVar[bool] = True
     shows_attention: ClassVar[bool] = False
+    classes: ClassVar[tuple[str, ...]] = ()
     wide: ClassVar[bool] = False
     batch: ClassVar[int] = 32
 
@@ -93,6 +97,10 @@ class Layout(ABC):
         names = (self.part, *self.towers, "vae")
         found = {name: getattr(self.pipeline, name, None) for name in names}
         return {name: module for name, module in found.items() if module is not None}
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The text encoders among the parts."""
+        return {name: module for name, module in self.parts().items() if name in self.towers}
 
     @property
     def denoiser(self) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,8 @@ class StableDiffusionXL(Layout):
     part = "unet"
     towers = ("text_encoder", "text_encoder_2")
     tokenizers = ("tokenizer", "tokenizer_2")
+    # Of the second one the pooled vector comes from the last.
+    unread_layers: ClassVar = {"text_encoder": 1}
     guidance = 5.0
     shows_attention = True
     wide = True

@@ -1,0 +1,241 @@
+"""What a data-free eraser asks for: prompts for a concept, what they shall draw instead, and prompts of the rest.
+
+No picture is read.  A prompt for the concept becomes its override by exchanging the name; an unsafe word in front of
+or behind a subject becomes the subject; a class becomes another class.  The phrasings are those of Score Forgetting
+Distillation (arXiv 2409.11219).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..concept import Concept
+from ..errors import InputError, SettingError, nearest
+from .mentions import exchanged, without
+
+if TYPE_CHECKING:
+    from ..models.diffusion import DiffusionModel
+
+__all__ = ["KEYS", "SUBJECTS", "ForgetPrompts", "forget_prompts"]
+
+Pairs = list[tuple[str, tuple[str, ...]]]
+"""Prompts for a concept, each with what may be drawn instead."""
+
+KEYS = ("forget", "override", "captions", "subjects")
+"""What a user may give: prompts for the concept, one override for each, prompts of the rest, subjects."""
+
+TEMPLATES = (
+    "{}", "a photo of {}", "a picture of {}", "an image of {}", "a good photo of {}", "a close photo of {}",
+)  # fmt: skip
+
+SUBJECTS = (
+    "a man", "a woman", "a person", "a young man", "a young woman", "an old man", "an old woman", "two people",
+    "a group of people", "a couple", "an athlete", "a dancer",
+)  # fmt: skip
+"""Generic adult subjects for unsafe words; ours."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ForgetPrompts:
+    """Prompts by pairs and the rest.
+
+    Attributes:
+        forget: Prompts for the concepts.
+        overrides: For each, what may be drawn instead; one of several is drawn at random at each step.
+        remain: Prompts of what is to stay.
+        negative: Joined unsafe words, or "".
+        digest: Names what a user gave, or ``None``.
+    """
+
+    forget: tuple[str, ...]
+    overrides: tuple[tuple[str, ...], ...]
+    remain: tuple[str, ...]
+    negative: str = ""
+    digest: str | None = None
+
+    def drawn(
+        self, count: int, generator: torch.Generator
+    ) -> tuple[list[str], list[str], list[str]]:
+        """``count`` prompts for the concepts, an override of each, and ``count`` of the rest."""
+        picks = torch.randint(len(self.forget), (count,), generator=generator).tolist()
+        forget = [self.forget[i] for i in picks]
+        instead = []
+        for own in (self.overrides[i] for i in picks):
+            instead.append(own[int(torch.randint(len(own), (1,), generator=generator))])
+        rest = torch.randint(len(self.remain), (count,), generator=generator).tolist()
+        return forget, instead, [self.remain[i] for i in rest]
+
+    def anything(self, count: int, generator: torch.Generator) -> list[str]:
+        """``count`` prompts of concepts and rest alike."""
+        both = [*dict.fromkeys([*self.forget, *self.remain])]
+        return [both[i] for i in torch.randint(len(both), (count,), generator=generator).tolist()]
+
+
+def forget_prompts(
+    model: DiffusionModel,
+    concepts: Sequence[Concept],
+    data: Any,
+    keep: Sequence[str],
+    *,
+    override: str | None,
+    unsafe: bool,
+    phrases: bool,
+    count: int,
+    seed: int,
+) -> ForgetPrompts:
+    """Prompts for a model of texts or of classes.
+
+    Prompts of the concept are the user's, else the development prompts of the model's world, else templates.  The
+    rest are the user's captions, else those of the world, else templates around ``keep``; for a model of classes
+    all other classes.  Those that name a concept are left out.
+
+    Args:
+        model: Whose world and classes are asked.
+        concepts: What is forgotten.
+        data: A mapping with some of ``KEYS``, or ``None``.
+        keep: Names to keep.
+        override: What the concepts are to look like; each one's own anchor when ``None``, for a class without one
+            any other class.  The concept itself forgets nothing.
+        unsafe: Names are words beside a subject.
+        phrases: Listed phrases are forgotten as well as the name.
+        count: Prompts from a world, of the concept and of the rest.
+        seed: Seed of such prompts.
+
+    Raises:
+        InputError: The data is not as described, a prompt does not name its concept, or nothing is left of the rest.
+        SettingError: A concept has nothing to take its place.
+    """
+    given = _given(data)
+    classes = tuple(model.layout.classes)
+    forget: list[str] = []
+    overrides: list[tuple[str, ...]] = []
+    for concept in concepts:
+        names = concept.names if phrases else (concept.name,)
+        if classes:
+            made = _of_class(model.name, concept, override, classes)
+        elif unsafe:
+            made = _of_words(names, given.get("subjects", SUBJECTS))
+        else:
+            listed = given.get("forget") or _listed(model, concept, names, count, seed)
+            made = _of_names(concept, names, listed, override, given.get("override"))
+        forget += [text for text, _ in made]
+        overrides += [own for _, own in made]
+    gone = [name for concept in concepts for name in concept.names]
+    rest = _rest(model, gone, given.get("captions"), keep, classes, count, seed)
+    if not rest:
+        raise InputError(
+            "sfd needs prompts of what is to stay, and there are none that say nothing of "
+            f"{', '.join(repr(c.name) for c in concepts)}; give data={{'captions': [...]}}, or names to keep"
+        )
+    words = ", ".join(gone) if unsafe and not classes else ""
+    digest = (
+        hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest() if given else None
+    )
+    return ForgetPrompts(tuple(forget), tuple(overrides), tuple(rest), words, digest)
+
+
+def _given(data: Any) -> dict[str, list[str]]:
+    if data is None:
+        return {}
+    if not isinstance(data, Mapping):
+        raise InputError(
+            f"data is {type(data).__name__}; allowed is a mapping with some of {', '.join(KEYS)}"
+        )
+    found = {}
+    for key, texts in data.items():
+        if key not in KEYS:
+            raise InputError(f"data: unknown key {key!r}{nearest(str(key), KEYS)}")
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"data: {key!r} must be a list of texts; no pictures are read")
+        found[str(key)] = list(texts)
+    pairs = [found.get(key) for key in ("override", "forget")]
+    if pairs[0] is not None and len(pairs[0]) != len(pairs[1] or ()):
+        raise InputError(
+            f"data: {len(pairs[0])} overrides for {len(pairs[1] or ())} prompts to forget; one for each is needed"
+        )
+    return found
+
+
+def _instead(concept: Concept, override: str | None) -> str | None:
+    return concept.anchor if override is None else override
+
+
+def _of_class(model: str, concept: Concept, override: str | None, classes: Sequence[str]) -> Pairs:
+    known = {name.lower(): name for name in classes}
+    own, instead = concept.name.lower(), _instead(concept, override)
+    for name in (own, *(() if instead is None else (instead.strip().lower(),))):
+        if name not in known:
+            raise SettingError(
+                f"{model} draws classes; {name!r} is none of them{nearest(name, known)}"
+            )
+    others = tuple(name for name in classes if name.lower() != own)
+    return [(known[own], others if instead is None else (known[instead.strip().lower()],))]
+
+
+def _of_words(names: Sequence[str], subjects: Sequence[str]) -> Pairs:
+    pairs = [(name, subject) for subject in subjects for name in names]
+    before: Pairs = [(f"{name} {subject}", (subject,)) for name, subject in pairs]
+    return before + [(f"{subject}, {name}", (subject,)) for name, subject in pairs]
+
+
+def _of_names(
+    concept: Concept,
+    names: Sequence[str],
+    listed: Sequence[str],
+    override: str | None,
+    given: Sequence[str] | None,
+) -> Pairs:
+    if given is not None:
+        return [(text, (own,)) for text, own in zip(listed, given, strict=True)]
+    instead = _instead(concept, override)
+    if instead is None:
+        raise SettingError(
+            f"{concept.name!r} has nothing to take its place; name an anchor in the concept, or override=..."
+        )
+    made: Pairs = []
+    for text in listed:
+        changed, mention = exchanged(text, names, instead)
+        if mention is None:
+            raise InputError(
+                f"data: the prompt {text!r} does not name {concept.name!r}; allowed are prompts that do, or "
+                "an 'override' for each"
+            )
+        made.append((text, (changed,)))
+    return made
+
+
+def _listed(
+    model: DiffusionModel, concept: Concept, names: Sequence[str], count: int, seed: int
+) -> list[str]:
+    companions = model.companions
+    if companions is not None and companions.prompts is not None:
+        if companions.concept(concept.name) is not None:
+            made = companions.prompts(concept.name, count, seed=seed, split="development")
+            own = [p.text for p in made if exchanged(p.text, names, "")[1] is not None]
+            if own:
+                return list(dict.fromkeys(own))
+    return [template.format(name) for name in names for template in TEMPLATES]
+
+
+def _rest(
+    model: DiffusionModel, gone: Sequence[str], captions: Sequence[str] | None, keep: Sequence[str],
+    classes: Sequence[str], count: int, seed: int,
+) -> list[str]:  # fmt: skip
+    companions = model.companions
+    if captions is not None:
+        listed = list(captions)
+    elif classes:
+        listed = list(classes)
+    elif companions is not None and companions.captions is not None:
+        listed = list(companions.captions(count, seed, tuple(gone)))
+    else:
+        listed = []
+    if captions is None and not classes:
+        listed += [template.format(name) for name in keep for template in TEMPLATES]
+    return without(list(dict.fromkeys(listed)), gone)
