@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from expunge.core.text_activations import Rows, Site, places, recorded, sites
-from expunge.errors import MissingPart, SettingError
+from expunge.errors import MissingPart, SettingError, UnsupportedModel
 from expunge.testing import tiny_diffusion
 from expunge.testing.layouts import tiny_layout
 
@@ -73,6 +75,13 @@ def test_padding_is_no_real_token_and_batches_change_nothing():
     alone = [p["text_encoder"] for p in recorded(model, sites(model, (1,)), texts, batch=1)]
     assert torch.allclose(Rows.joined(alone).hidden, rows.hidden, atol=1e-5)
     assert torch.equal(rows[1:].hidden, rows.hidden[1:])
+
+
+def test_a_model_that_reads_no_text_is_refused():
+    layout = SimpleNamespace(towers=(), title="a UNet with class labels")
+    model = SimpleNamespace(name="shapes", layout=layout, parts=lambda: {"unet": None})
+    with pytest.raises(UnsupportedModel, match="a UNet with class labels has no text encoder"):
+        sites(model, (0,))
 
 
 def test_refusals_in_words():

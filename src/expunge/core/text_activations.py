@@ -82,9 +82,12 @@ def sites(
     Raises:
         SettingError: Numbers that do not go with the encoders, or a layer that the pipeline does not read.
         MissingPart: An encoder that is not there.
+        UnsupportedModel: No text encoder at all.
     """
     present = [name for name in model.layout.towers if name in model.parts()]
     chosen = list(present if towers is None else towers)
+    if not chosen:
+        raise UnsupportedModel(f"{model.name}: {model.layout.title} has no text encoder")
     if len(layers) not in (1, len(chosen)):
         raise SettingError(
             f"{model.name}: {len(layers)} layers for {len(chosen)} text encoders ({', '.join(chosen)}); allowed is "

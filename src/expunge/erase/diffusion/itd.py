@@ -24,8 +24,8 @@ mean with a minimum of maxima for people), of one tau (styles: -6 and -8), over 
 the model's length (there e depends on what else is in a batch, and short prompts reach the denoiser unpadded); units
 that are not on are never among the top m; silence of units is counted in tokens, so that L_aux acts at all.  Ours:
 tokens, not prompts, are shuffled into batches; of the padding, which is most of a context, ``padding`` rows of each
-text are learnt from; the templates, and their bare text among the retained prompts; several text encoders have an
-autoencoder and a decision each.
+text are learnt from; the templates; target prompts with the anchor, or nothing, in the place of the name among the
+retained prompts; several text encoders have an autoencoder and a decision each.
 """
 
 from __future__ import annotations
