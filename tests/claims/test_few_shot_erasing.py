@@ -33,16 +33,12 @@ from . import setup
 
 pytestmark = pytest.mark.claims
 
-EQUAL = {"epochs": 20, "stop_at": None}
-"""Where arms are compared at equal steps: about as many as the preset takes."""
-
 ARMS: dict[str, dict[str, Any]] = {
     "few-shot": {},
-    "equal": EQUAL,
-    "feed-forward": {**EQUAL, "parameters": "feed-forward"},
-    "attention": {**EQUAL, "parameters": "attention"},
-    "zero-shot": {**EQUAL, "zero_shot": True},
-    "long": {"epochs": 200, "stop_at": None},
+    "feed-forward": {"parameters": "feed-forward"},
+    "attention": {"parameters": "attention"},
+    "zero-shot": {"zero_shot": True},
+    "long": {"epochs": 10 * FewShotErasing.configured("world").epochs},
 }
 ERASED = ("star", "moon", "flower")
 FEW = max(1, setup.PICTURES // 3)
@@ -140,7 +136,7 @@ def test_the_concept_goes_first_and_everything_in_the_end() -> None:
     first = any(star >= 0.5 and others <= 0.1 for star, others in fall)
     collapse = arms["original, kept"].mean() - arms["long, kept"].mean() >= 0.2
     note = (
-        "After some quarter of the steps star has fallen by 50 points and neighbours by at most 10; 200 steps take 20 "
+        "After some quarter of the steps star has fallen by 50 points and neighbours by at most 10; ten times the steps take 20 "
         "points from the neighbours."
     )
     assert setup.settle(FewShotErasing, "concept-first-then-all", first and collapse, arms, note)
@@ -195,11 +191,11 @@ def test_what_comes_instead_is_related() -> None:
 
 
 def test_feed_forward_blocks_hold_what_can_be_erased() -> None:
-    names = ("equal", "feed-forward", "attention")
+    names = ("few-shot", "feed-forward", "attention")
     arms = {f"{arm}, star": left(arm) for arm in ("original", *names)}
     arms |= {f"{arm}, kept": kept(arm) for arm in ("original", *names)}
     gains = {arm: gain(arm) for arm in names}
-    holds = min(gains["equal"], gains["feed-forward"]) > gains["attention"]
+    holds = min(gains["few-shot"], gains["feed-forward"]) > gains["attention"]
     note = "Points erased less points damaged, equal steps and rate."
     assert setup.settle(
         FewShotErasing, "feed-forward-beats-attention", holds, arms, note,
@@ -208,10 +204,10 @@ def test_feed_forward_blocks_hold_what_can_be_erased() -> None:
 
 
 def test_noise_in_place_of_pictures_does_worse() -> None:
-    names = ("original", "equal", "zero-shot")
+    names = ("original", "few-shot", "zero-shot")
     arms = {f"{arm}, star": left(arm) for arm in names} | {f"{a}, kept": kept(a) for a in names}
-    less = arms["zero-shot, star"].mean() > arms["equal, star"].mean()
-    more = arms["zero-shot, kept"].mean() < arms["equal, kept"].mean()
+    less = arms["zero-shot, star"].mean() > arms["few-shot, star"].mean()
+    more = arms["zero-shot, kept"].mean() < arms["few-shot, kept"].mean()
     note = "Zero-shot erases less or damages more, at equal steps."
     assert setup.settle(FewShotErasing, "zero-shot-does-worse", less or more, arms, note)
 

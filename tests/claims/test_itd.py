@@ -199,6 +199,7 @@ def test_prompts_that_name_none_are_untouched() -> None:
     arms = {
         "itd": np.concatenate([same(seed) for seed in setup.SEEDS]),
         "always open": same(setup.SEEDS[0], gate="always"),
+        "random autoencoder": same(setup.SEEDS[0], steps=0),
     }
     assert setup.settle(
         ItD, "untouched", arms["itd"].mean() >= 0.95 and arms["always open"].mean() <= 0.05, arms,

@@ -50,6 +50,12 @@ def test_noise_and_velocity_do_not_cancel_in_half_precision(kind, flow):
     assert (made.velocity(parts[3]) - (alpha * noise - sigma * x0)).abs().max() < 3 * rounding
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_target_of_training_is_what_a_perfect_denoiser_says(kind):
+    x0, noise, alpha, sigma, value = truth(kind == "flow")
+    assert torch.equal(Prediction(kind, noise, alpha, sigma).target(x0, noise), value[kind])
+
+
 def test_guidance_is_linear_and_kinds_do_not_mix():
     _, _, alpha, sigma, value = truth(False)
     one, two = (Prediction("epsilon", value[k], alpha, sigma) for k in ("epsilon", "x0"))

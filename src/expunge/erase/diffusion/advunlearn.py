@@ -86,7 +86,7 @@ class AdvUnlearn(Eraser):
         "paper:fast": {"rule": "sign", "attack_steps": 1},
         "paper:denoiser": {"part": "denoiser"},
         # Chosen on 32 development prompts of star and 32 of untold neighbours: star in 6 %, 97 % kept (100 % before).
-        # With one free embedding star stays in 31 %: three random words also stand for the words around a name.
+        # With one free embedding (and a longer warm-up) star stayed in 31 %.
         "world": {
             "steps": 120, "warm_up": 10, "lr": 2e-4, "batch": 8, "retain_batch": 8, "eta": 3.0, "gamma": 1.0,
             "tokens": 3, "attack_steps": 5, "attack_lr": 5e-3, "restarts": 2, "sampling_steps": 20, "label": "own",
