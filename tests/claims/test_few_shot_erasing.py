@@ -136,8 +136,8 @@ def test_the_concept_goes_first_and_everything_in_the_end() -> None:
     first = any(star >= 0.5 and others <= 0.1 for star, others in fall)
     collapse = arms["original, kept"].mean() - arms["long, kept"].mean() >= 0.2
     note = (
-        "After some quarter of the steps star has fallen by 50 points and neighbours by at most 10; ten times the steps take 20 "
-        "points from the neighbours."
+        "After some quarter of the steps star has fallen by 50 points and neighbours by at most 10; ten times as many "
+        "take 20 points from the neighbours."
     )
     assert setup.settle(FewShotErasing, "concept-first-then-all", first and collapse, arms, note)
 
