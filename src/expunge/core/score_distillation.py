@@ -261,7 +261,7 @@ class Distillation(Task):
         drawn = torch.randn(shape, generator=noise).to(self.model.device, self.model.dtype)
         latents = self.walk.start(drawn)
         made = self.model.predict(latents, self.walk.times, condition)
-        return _wide(made).x0(latents.float())
+        return made.wide().x0(latents.float())
 
     def _noised(self, clean: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """``x_t``, ``t`` and the noise that was added."""
@@ -284,12 +284,12 @@ class Distillation(Task):
     ) -> Prediction:
         """The network in place about ``x_t``, guided where ``weight`` is not 1; float32."""
         if weight == 1.0:
-            return _wide(self.model.predict(noised, times, condition))
+            return self.model.predict(noised, times, condition).wide()
         assert empty is not None
         both, count = Condition.concatenate([empty, condition]), len(noised)
-        made = _wide(
-            self.model.predict(torch.cat([noised, noised]), torch.cat([times, times]), both)
-        )
+        made = self.model.predict(
+            torch.cat([noised, noised]), torch.cat([times, times]), both
+        ).wide()
         strength = torch.tensor(weight, device=noised.device)
         return made.select(slice(count, None)).guided(made.select(slice(count)), strength)
 
@@ -392,7 +392,3 @@ def losses_by_turn(
         group: [round(v, 6) for v in values[:: max(1, math.ceil(len(values) / points))]]
         for group, values in found.items()
     }
-
-
-def _wide(made: Prediction) -> Prediction:
-    return Prediction(made.kind, made.value.float(), made.alpha.float(), made.sigma.float())

@@ -205,6 +205,10 @@ class Prediction:
         """Rows by slice or index."""
         return Prediction(self.kind, self.value[index], self.alpha[index], self.sigma[index])
 
+    def wide(self) -> Prediction:
+        """In float32: where little of the picture is left, ``x_0`` is a small difference divided by a small number."""
+        return Prediction(self.kind, self.value.float(), self.alpha.float(), self.sigma.float())
+
     def guided(self, unconditional: Prediction, guidance: Tensor) -> Prediction:
         """Classifier-free guidance ``u + g (c - u)`` with a guidance per row, ``(n, 1, 1, 1)``."""
         if self.kind != unconditional.kind:

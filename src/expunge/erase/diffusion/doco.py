@@ -45,7 +45,6 @@ from ...core.trajectories import Trajectories
 from ...edit import Edit
 from ...method import Eraser, Judge, setting
 from ...models.diffusion import DiffusionModel
-from ...models.types import Prediction
 
 __all__ = ["DoCo"]
 
@@ -202,7 +201,7 @@ class _Correction(finetune.Task):
             points.latents, points.timesteps, self.model.encode([*batch.targets, *anchors])
         )  # fmt: skip
         self.model.cost.add("denoiser", 2 * len(points.which), "backward")
-        made, latents = _wide(made), points.latents.float()
+        made, latents = made.wide(), points.latents.float()
         fake = made.x0(latents)[:n]
         prior = (made.epsilon(latents)[n:] - added).square().mean()
         answers = self.judge(fake)
@@ -221,7 +220,7 @@ class _Correction(finetune.Task):
 
     def _clean(self, points: Trajectories, texts: Sequence[str]) -> Tensor:
         made = self.model.predict(points.latents, points.timesteps, self.model.encode(texts))
-        return _wide(made).x0(points.latents.float())
+        return made.wide().x0(points.latents.float())
 
     def _discriminated(self, real: Tensor, fake: Tensor, points: Trajectories) -> Tensor:
         """``L_D``; its answers are counted."""
@@ -268,11 +267,6 @@ class _Correction(finetune.Task):
         if self.conflicts:
             told["conflicts"] = sum(self.conflicts) / len(self.conflicts)
         return told
-
-
-def _wide(made: Prediction) -> Prediction:
-    """In float32: where there is little of the picture left, x_0 is a small difference divided by a small number."""
-    return Prediction(made.kind, made.value.float(), made.alpha.float(), made.sigma.float())
 
 
 def _clipped(gradients: Mapping[str, Tensor], most: float = 1.0) -> dict[str, Tensor]:
