@@ -33,7 +33,7 @@ from expunge.core.text_layers import ROLES, trainable_text
 from expunge.erase.diffusion.advunlearn import AdvUnlearn
 from expunge.models.diffusion import DiffusionModel
 from expunge.testing import tiny_diffusion
-from expunge.testing.bench import interleaved, machine, publish, timed
+from expunge.testing.bench import interleaved, machine, publish, timed, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = 4.0
@@ -210,8 +210,8 @@ def main(given: Sequence[str] | None = None) -> None:
     }  # fmt: skip
     publish(result, options.out)
     for name in ("rows", "seconds"):
-        said = "met" if found["target_met"][name] else "missed"
-        print(f"{name}: {found[name]:.1f} times less, target {TARGET:g}: {said}")
+        met = found["target_met"][name]
+        print(verdict(name, f"{found[name]:.1f} times less", f"{TARGET:g}", met))
 
 
 if __name__ == "__main__":

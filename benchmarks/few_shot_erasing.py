@@ -34,7 +34,7 @@ from expunge.core.text_layers import trainable_text
 from expunge.erase.diffusion.few_shot_erasing import PARAMETERS, FewShotErasing
 from expunge.models.diffusion import DiffusionModel
 from expunge.testing import tiny_diffusion
-from expunge.testing.bench import interleaved, machine, publish, timed
+from expunge.testing.bench import interleaved, machine, publish, timed, verdict
 from expunge.testing.diffusion import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,8 +238,7 @@ def main(given: Sequence[str] | None = None) -> None:
     }  # fmt: skip
     publish(result, options.out)
     for name, met in found["target_met"].items():
-        said = "met" if met else "missed"
-        print(f"{name}: {found[name]:.2f}, target {TARGETS[name]:g}: {said}")
+        print(verdict(name, f"{found[name]:.2f}", f"{TARGETS[name]:g}", met))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from expunge import Concept, catalogue, load
 from expunge.core.layer_choice import trainable
 from expunge.core.reversal import depths
 from expunge.models.diffusion import DiffusionModel
-from expunge.testing.bench import interleaved, machine, publish
+from expunge.testing.bench import interleaved, machine, publish, verdict
 from expunge.testing.diffusion import tiny_image_prompts
 from expunge.world.adapter import STEPS
 
@@ -372,8 +372,7 @@ def main(given: Sequence[str] | None = None) -> None:
     publish(result, options.out)
     for id, one in result["arms"].items():
         for ratio, met in one["target_met"].items():
-            said = "met" if met else "missed"
-            print(f"{id}: {ratio} {one[ratio]:.2f}, target {TARGETS[ratio]:g}: {said}")
+            print(verdict(f"{id}: {ratio}", f"{one[ratio]:.2f}", f"{TARGETS[ratio]:g}", met))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from expunge import load
 from expunge.core.sampling import SEED_STEP, OutputCache, outputs
 from expunge.method import Prompt
 from expunge.models.diffusion import BATCH, DiffusionModel
-from expunge.testing.bench import clocked, interleaved, machine, publish, timed
+from expunge.testing.bench import clocked, interleaved, machine, publish, timed, verdict
 from expunge.world import models as world
 from expunge.world.adapter import GUIDANCE, STEPS
 
@@ -226,14 +226,6 @@ def furthest(one: Round) -> float:
     return float(np.abs(one["ours"][1].pictures - 255 * one["batched"][1]).max())
 
 
-def verdict(name: str, share: float) -> str:
-    """One line that says whether the target was met."""
-    answer = "met" if share >= TARGET else "missed"
-    return (
-        f"{name}: {share:.1%} of the UNet's own best rows a second, target {TARGET:.0%}: {answer}"
-    )
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run all rounds and make the record."""
     model = opened(options.model)
@@ -315,7 +307,8 @@ def main(given: Sequence[str] | None = None) -> None:
     result = measure(options)
     publish(result, options.out)
     for name, share in result["share_of_unet_best"].items():
-        print(verdict(name, share))
+        said = f"{share:.1%} of the UNet's own best rows a second"
+        print(verdict(name, said, f"{TARGET:.0%}", share >= TARGET))
 
 
 if __name__ == "__main__":

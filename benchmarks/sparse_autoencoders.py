@@ -41,7 +41,7 @@ from expunge.core.sparse_autoencoder.start import started
 from expunge.core.sparse_autoencoder.stream import Rows
 from expunge.core.sparse_autoencoder.trainer import _Autoencoders, _finish, _optimiser
 from expunge.models.base import noise_generator
-from expunge.testing.bench import interleaved, machine, publish
+from expunge.testing.bench import interleaved, machine, publish, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = 1.5
@@ -272,8 +272,7 @@ def main(given: Sequence[str] | None = None) -> None:
     result = measure(options)
     publish(result, options.out)
     for name, met in result["target_met"].items():
-        said = "met" if met else "missed"
-        print(f"over {name}: {result[f'over_{name}']:.2f}, target {TARGET:g}: {said}")
+        print(verdict(f"over {name}", f"{result[f'over_{name}']:.2f}", f"{TARGET:g}", met))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from ..models.base import Boxed, Companions, Model
 
 __all__ = [
     "Bench", "NeverShown", "Raised", "bench", "calls_of", "check_shows", "clocked", "failing", "interleaved", "machine",
-    "publish", "quick", "timed", "trace", "vocabularies",
+    "publish", "quick", "timed", "trace", "verdict", "vocabularies",
 ]  # fmt: skip
 
 QUICK: Mapping[str, Any] = {
@@ -338,3 +338,8 @@ def publish(result: Mapping[str, Any], file: str | os.PathLike[str] | None) -> N
     if file is not None:
         atomic_write(file, (json.dumps(result, indent=2) + "\n").encode())
     print(json.dumps({k: v for k, v in result.items() if k != "arms"}, indent=2))
+
+
+def verdict(name: str, value: str, target: str, met: bool) -> str:
+    """The line that says of one number of a benchmark whether it met its target."""
+    return f"{name}: {value}, target {target}: {'met' if met else 'missed'}"
