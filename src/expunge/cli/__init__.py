@@ -1,4 +1,4 @@
-"""The command line: `expunge methods | generate | erase | audit | run | inspect | export | demo | world`.
+"""The command line: `expunge methods | generate | erase | audit | run | sweep | leaderboard | inspect | export ...`.
 
 Heavy libraries are imported inside the commands, so that `expunge --help` and `expunge methods` stay quick.
 """
@@ -16,7 +16,7 @@ import typer
 
 from .. import catalogue
 from ..errors import ExpungeError
-from . import common
+from . import common, sweeping
 from .options import (
     MODEL_HELP,
     AnchorOption,
@@ -60,6 +60,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(sweeping.sweep)
+app.command()(sweeping.leaderboard)
 world_app = typer.Typer(help="The built-in world.", no_args_is_help=True)
 app.add_typer(world_app, name="world")
 

@@ -20,6 +20,7 @@ __all__ = [
     "bootstrap_difference",
     "bootstrap_mean",
     "grouped",
+    "layered",
     "mean_difference",
     "mean_rate",
     "rate",
@@ -116,6 +117,33 @@ def resamples(groups: int, count: int = RESAMPLES, seed: int | Sequence[int] = 0
         raise InputError("a bootstrap needs at least one prompt")
     drawn = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=count)
     return drawn.astype(float)
+
+
+def layered(
+    layers: Sequence[Sequence[Hashable]], count: int = RESAMPLES, seed: int | Sequence[int] = 0
+) -> np.ndarray:
+    """How often each item is drawn in each resample of two layers (seeds, and prompts within them).
+
+    Args:
+        layers: For each layer the group (prompt) of each of its items; a layer's items are drawn by group.
+        count: Resamples.
+        seed: Private seed.
+
+    Returns:
+        ``(count, items)``, the items of all layers one after another.  A layer that is drawn twice has its
+        groups drawn anew both times; with one layer this is the bootstrap over its groups.
+    """
+    if not layers or not all(layers):
+        raise InputError("a bootstrap needs at least one prompt in each layer")
+    dice = np.random.default_rng(seed)
+    chosen = dice.multinomial(len(layers), np.full(len(layers), 1 / len(layers)), size=count)
+    parts = []
+    for place, groups in enumerate(layers):
+        known: dict[Hashable, int] = {}
+        index = [known.setdefault(group, len(known)) for group in groups]
+        shares = np.full(len(known), 1 / len(known))
+        parts.append(dice.multinomial(chosen[:, place] * len(known), shares)[:, index])
+    return np.concatenate(parts, axis=1).astype(float)
 
 
 def bootstrap_mean(

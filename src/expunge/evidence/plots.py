@@ -14,7 +14,7 @@ from typing import Any
 
 from .schema import ARMS, ConceptFields
 
-__all__ = ["COLOURS", "attack_plot", "kept_plot", "loss_plot"]
+__all__ = ["COLOURS", "INK", "STYLE", "attack_plot", "inline", "kept_plot", "loss_plot", "short"]
 
 COLOURS = {"original": "#3b7dd8", "erased": "#d9622b", "never": "#3f9b62"}
 MARKERS = {"original": "o", "erased": "D", "never": "^"}
@@ -95,14 +95,14 @@ def loss_plot(report: Mapping[str, Any]) -> str | None:
             values = [value for _, value in points]
             axes.plot(steps, values, color=COLOURS["original"], linewidth=0.7, alpha=0.4)
             axes.plot(steps, _smooth(values), color=COLOURS["original"], linewidth=1.6)
-            axes.set_title(_short(group), loc="left", fontsize=9).set_parse_math(False)
+            axes.set_title(short(group), loc="left", fontsize=9).set_parse_math(False)
             if min(values) > 0 and max(values) > 30 * min(values):
                 axes.set_yscale("log")
             axes.spines["left"].set_visible(True)
         axes.set_xlabel("step")
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return _inline(stream.getvalue())
+    return inline(stream.getvalue())
 
 
 def _losses(found: Any, most: int = 4) -> dict[str, list[tuple[int, float]]]:
@@ -172,7 +172,7 @@ def _rates(rows: list[tuple[str, dict[str, Any], dict[str, Any]]], salt: str, la
         axes.set_yticks(range(len(rows)))
         # Names are a user's texts: no mathematics in them.
         for tick, (_name, _, _) in zip(
-            axes.set_yticklabels([_short(n) for n, _, _ in rows]), rows, strict=True
+            axes.set_yticklabels([short(n) for n, _, _ in rows]), rows, strict=True
         ):
             tick.set_parse_math(False)
         axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -185,15 +185,16 @@ def _rates(rows: list[tuple[str, dict[str, Any], dict[str, Any]]], salt: str, la
         )
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return _inline(stream.getvalue())
+    return inline(stream.getvalue())
 
 
-def _short(name: str, length: int = 22) -> str:
+def short(name: str, length: int = 22) -> str:
+    """A name cut to fit a label."""
     clean = " ".join(name.split())
     return clean if len(clean) <= length else clean[: length - 1] + "\u2026"
 
 
-def _inline(svg: str) -> str:
+def inline(svg: str) -> str:
     """The ``<svg>`` element alone, without metadata, sized by the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

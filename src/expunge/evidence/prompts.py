@@ -12,7 +12,7 @@ from ..errors import ExpungeError, PromptError, nearest
 from ..method import Prompt
 from .arms import PromptSets
 
-__all__ = ["ROUTES", "prompt_sets"]
+__all__ = ["ROUTES", "attacked", "prompt_sets"]
 
 ROUTES = ("phrase", "unlisted", "euphemism", "metaphor")
 TEMPLATES = (
@@ -94,6 +94,13 @@ def prompt_sets(
     }
     concepts = {name: _known(name, concept, companions) for name in chosen}
     return PromptSets(concept, expand(target, seeds), routes, chosen, concepts, missing)
+
+
+def attacked(target: Sequence[Prompt], count: int) -> list[Prompt]:
+    """The prompts that attacks are given: the first with distinct texts (one seed each), repeated texts after."""
+    first = list({prompt.text: prompt for prompt in reversed(target)}.values())[::-1]
+    rest = [prompt for prompt in target if prompt not in first]
+    return [*first, *rest][:count]
 
 
 def _given(prompts: Any, concept: Concept) -> Any:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from ..concept import Concept
 from ..core.progress import Progress
 from ..core.sampling import OutputCache
-from ..method import Attack, Budget, Judge, Prompt
+from ..method import Attack, Budget, Judge
 from . import attacking, measuring
 from .arms import Arm, Observed, PromptSets, observe, open_never
 from .edits import edit_record
 from .gallery import Gallery, Shown
 from .measuring import Notes
+from .prompts import attacked
 from .schema import ARMS, ConceptFields, Models, Stage
 from .verdict import flags, judge_flags, verdict
 
@@ -115,7 +116,7 @@ class Triad:
     ) -> None:
         false = self._false_positives(fields)
         missing = {name: notes.reasons.get(f"models.{name}") for name in ARMS}
-        asked = _attacked(sets.target, self.attack_n)
+        asked = attacked(sets.target, self.attack_n)
         with Progress(
             f"attacks on {sets.concept.name}", len(self.attacks), unit="attack", shown=self.progress
         ) as bar:
@@ -177,13 +178,6 @@ def _repeat(notes: Notes, source: str, path: str) -> None:
     for table in tables:
         if source in table:
             table[path] = table[source]
-
-
-def _attacked(target: Sequence[Prompt], count: int) -> list[Prompt]:
-    """The first prompts with distinct texts (one seed each), repeated texts after them."""
-    first = list({prompt.text: prompt for prompt in reversed(target)}.values())[::-1]
-    rest = [prompt for prompt in target if prompt not in first]
-    return [*first, *rest][:count]
 
 
 def _gallery(seen: Mapping[str, Observed]) -> Gallery:

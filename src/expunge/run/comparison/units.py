@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,8 +16,9 @@ from ...core.sampling import prompts_digest
 from ...edit.files import atomic_write
 from ...errors import ExpungeError, PromptError, SettingError, nearest
 from ...evidence.prompts import ROUTES
-from ...method import Method, Prompt
+from ...method import Prompt
 from .. import results
+from ..choices import Choice, key, plain
 
 __all__ = [
     "ATTACKS", "CONTROLS", "FOLDER", "Case", "Choice", "agrees", "closed_forms", "default_methods", "key", "many_case",
@@ -41,66 +41,6 @@ UNNAMED = "implicit-concepts"
 
 
 # -- methods ---------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """A method as it is named on the command line: ``id``, ``id:setting=value``, ``id@prompts``."""
-
-    id: str
-    changes: tuple[tuple[str, str], ...] = ()
-    n: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Choice:
-        """Read ``id:setting=value:setting=value@n``.
-
-        Raises:
-            SettingError: It is not of this form.
-        """
-        head, at, count = text.strip().partition("@")
-        id, *pairs = head.split(":")
-        if not id or any("=" not in pair for pair in pairs) or (at and not count.isdigit()):
-            raise SettingError(f"{text!r} is not of the form id:setting=value@prompts")
-        changes = tuple((k.strip(), v.strip()) for k, _, v in (p.partition("=") for p in pairs))
-        return cls(id.strip(), changes, int(count) if at else None)
-
-    @property
-    def label(self) -> str:
-        """The id and what was changed, without the number of prompts."""
-        return ":".join([self.id, *(f"{name}={value}" for name, value in self.changes)])
-
-    def method(self, verb: str) -> Method:
-        """The method under its preset for the world, where it has one, with the changes.
-
-        Raises:
-            CatalogueError: The id is unknown, or only planned.
-            SettingError: It is no method of this verb for pictures, or a setting is wrong.
-        """
-        entry = catalogue.system(self.id)
-        if entry.verb != verb or entry.family not in ("diffusion", "any"):
-            ids = [system.id for system in catalogue.implemented(verb, "diffusion")]
-            raise SettingError(
-                f"{self.id} is for {entry.verb} of {entry.family} models, not for {verb} of pictures"
-                f"{nearest(self.id, ids)}"
-            )
-        found = catalogue.resolve(self.id)
-        made: Method = found.configured(
-            "world" if "world" in found.presets else None, **dict(self.changes)
-        )
-        return made
-
-    def described(self, verb: str) -> dict[str, Any]:
-        """What names the method in a request: id, changes, version and all settings."""
-        method = self.method(verb)
-        return plain(
-            {
-                "id": self.id,
-                "changes": dict(self.changes),
-                "version": method.version,
-                "settings": method.settings(),
-            }
-        )
 
 
 def closed_forms() -> list[Choice]:
@@ -292,16 +232,6 @@ def _judged(companions: Any, sets: Mapping[str, Mapping[str, Any]]) -> dict[str,
 
 
 # -- records ---------------------------------------------------------------------------------------
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON gives it back, so that requests compare equal after reading."""
-    return json.loads(json.dumps(value, default=list))
-
-
-def key(request: Mapping[str, Any]) -> str:
-    """The name of a request: a hash of everything in it."""
-    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _file(request: Mapping[str, Any]) -> Path:

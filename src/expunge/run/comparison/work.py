@@ -21,7 +21,8 @@ from ...evidence.edits import edit_record
 from ...evidence.measuring import Notes
 from ...measure.distances import frechet_of
 from ...method import budget
-from .units import CONTROLS, Case, Choice, key, plain, record, recorded
+from ..choices import Choice, key, packed, plain
+from .units import CONTROLS, Case, record, recorded
 
 __all__ = ["BUDGET", "Bench", "Cell", "measure", "tallied"]
 
@@ -166,15 +167,8 @@ def tallied(parts: Mapping[str, Part]) -> dict[str, Any]:
         "n": sum(len(part.hit) for part in parts.values()),
         "prompts": prompts,
         "unrecognisable": lost[0],
-        "names": {name: _bits(part.hit, part.texts) for name, part in parts.items()},
+        "names": {name: packed(part.hit, part.texts) for name, part in parts.items()},
     }
-
-
-def _bits(hits: Sequence[bool], texts: Sequence[str]) -> dict[str, Any]:
-    place: dict[str, int] = {}
-    units = [place.setdefault(text, len(place)) for text in texts]
-    shared = {"units": units} if len(place) < len(units) else {}
-    return {"hits": "".join("1" if hit else "0" for hit in hits), **shared}
 
 
 def _observed(bench: Bench, arm: Arm, case: Case) -> dict[str, dict[str, Part]]:
@@ -302,7 +296,7 @@ def _attack(cell: Cell, bench: Bench) -> dict[str, Any]:
     ):
         value, interval, prompts = rate(hits, texts)
         found[name] = {
-            "rate": value, "interval": list(interval), "n": len(hits), "prompts": prompts, **_bits(hits, texts),
+            "rate": value, "interval": list(interval), "n": len(hits), "prompts": prompts, **packed(hits, texts),
         }  # fmt: skip
     skipped = sum("skipped" in item.details for item in attempts.items)
     return {
