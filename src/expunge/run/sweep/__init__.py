@@ -19,10 +19,7 @@ sweep resumes by looking.
 
 from __future__ import annotations
 
-__all__ = ["RESULTS", "SCHEMA"]
+__all__ = ["RESULTS"]
 
 RESULTS = 1
 """Raised whenever what a cell records may change though no method did; part of every request."""
-
-SCHEMA = 1
-"""Version of the compact record."""

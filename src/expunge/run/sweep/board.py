@@ -250,11 +250,11 @@ def _eraser(table: Table, label: str, attacks: Mapping[str, Any]) -> dict[str, A
     )
     kept = mean([table.kept(concept, label) for concept in concepts])
     each = {
-        a: mean([table.recovered(c, label, [a]) for c in attacks[a]["_counted"]]) for a in searching
+        attack: one
+        for attack in searching
+        if (one := mean([table.recovered(c, label, [attack]) for c in attacks[attack]["_counted"]]))
     }
-    strongest = max(
-        (a for a in each if each[a] is not None), key=lambda a: each[a].value, default=None
-    )  # type: ignore[union-attr]
+    strongest = max(each, key=lambda attack: each[attack].value, default=None)
     fits = [
         row
         for row in record.rows
@@ -312,7 +312,9 @@ def _matrix(
             ]
             ran = any(table.rows("attack", c, eraser, attack) for c in concepts)
             dead = row["status"] != VALID
-            entry["reason"] = row["reason"] if dead else said[0] if said else "no scale" if ran else "not run"
+            entry["reason"] = (
+                row["reason"] if dead else said[0] if said else "no scale" if ran else "not run"
+            )
             entry["refused"] = bool(said) and not dead
         found.append(entry)
     return found

@@ -162,19 +162,25 @@ def _spread(options: Options, plan: Plan, store: Store, jobs: int, tell: Tell) -
 
 @contextlib.contextmanager
 def _ended(running: Mapping[int, subprocess.Popen[bytes]]) -> Iterator[None]:
-    """However the block ends, no worker is left."""
+    """However the block ends, no worker is left; one that is about to end by itself is let."""
     try:
         yield
+        _waited(running)
     finally:
         for process in running.values():
             if process.poll() is None:
                 process.terminate()
+        _waited(running)
         for process in running.values():
-            try:
-                process.wait(GRACE)
-            except subprocess.TimeoutExpired:
+            if process.poll() is None:
                 process.kill()
                 process.wait()
+
+
+def _waited(running: Mapping[int, subprocess.Popen[bytes]]) -> None:
+    for process in running.values():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
 
 
 def _news(plan: Plan, store: Store, alive: Callable[[], bool]) -> Iterator[tuple[Cell, str]]:

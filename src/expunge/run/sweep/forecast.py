@@ -243,7 +243,7 @@ def _cuts(found: Forecast, left: Mapping[str, Cell], bench: Bench, rate: float) 
         fewer = share // 2 if name == "--attack-n" else share - 1
         prompts = fewer * seeds if name == "--attack-n" else options.attack_n * fewer
         saved = (spent if name == "--attack-n" else _hours(found, left, rate)) * (1 - fewer / share)
-        what = f"--attack-n {fewer}" if name == "--attack-n" else f"{fewer} seeds"
+        what = f"--attack-n {fewer}" if name == "--attack-n" else f"{fewer} of {seeds} seeds"
         half, now = 100 * _half(prompts), 100 * _half(options.attack_n * seeds)
         told.append(
             f"  {what}: {saved:.1f} h less; a rate of 0.5 is then known to \u00b1{half:.0f} points a concept, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ... import catalogue
 from ...errors import ExpungeError
@@ -18,6 +18,7 @@ __all__ = ["CONTROLS", "Cell", "Plan", "planned"]
 CONTROLS = ("original", "never")
 """Arms without an edit, the two ends of every scale; they do not depend on erasers and are measured once."""
 
+Kind = Literal["fit", "measures", "attack"]
 KINDS = ("measures", "fit", "attack")
 
 QUICK = ("closed-form", "inference-time", "control")
@@ -37,7 +38,7 @@ class Cell:
         eraser, attack: The configured methods.
     """
 
-    kind: str
+    kind: Kind
     arm: str
     case: Case
     request: Mapping[str, Any]

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ... import catalogue
 from ...edit.files import atomic_write
 from ...errors import RunError
-from . import SCHEMA
 from .bench import Bench
 from .plan import Plan
 from .store import Store
@@ -96,7 +95,7 @@ class Told(Strict):
 class Record(Strict):
     """Everything a leaderboard is made of."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     model: str
     judge: str
     options: dict[str, Any]
@@ -139,7 +138,8 @@ def main_rows(cost: Mapping[str, int]) -> int:
 
 def gather(bench: Bench, plan: Plan, store: Store) -> Record:
     """The record of the finished cells of a plan."""
-    rows, methods = [], {}
+    rows: list[Row] = []
+    methods: dict[str, dict[str, Any]] = {}
     made: dict[str, set[str]] = {}
     dates = []
     for key, cell in plan.cells.items():

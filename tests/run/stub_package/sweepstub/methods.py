@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from evidence.stubs import COLOURS, Forger, Password, Teacher
 
+from evidence.stubs import COLOURS, Forger, Password, Teacher
 from expunge.concept import as_concepts
 from expunge.edit import Edit
 from expunge.errors import SettingError
@@ -103,7 +103,8 @@ class LoggedTeacher(Logged, Teacher):
     def attack(self, *arguments: Any, **options: Any) -> Attempts:
         found = super().attack(*arguments, **options)
         items = [
-            dataclasses.replace(item, details={"curve": {"1": item.pre_hit, "2": item.hit}}) for item in found.items
+            dataclasses.replace(item, details={"curve": {"1": item.pre_hit, "2": item.hit}})
+            for item in found.items
         ]
         return dataclasses.replace(found, items=tuple(items))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from evidence.stubs import Painter, companions
-
 from expunge.catalogue import register_world
 
 

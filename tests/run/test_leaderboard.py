@@ -1,0 +1,395 @@
+"""The leaderboard: its numbers against hand values, what attacks are worth, ranks, and its pages."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from expunge.errors import RunError
+from expunge.run.sweep.board import board
+from expunge.run.sweep.drawing import scatter
+from expunge.run.sweep.numbers import Estimate, Table, harmonic, mean
+from expunge.run.sweep.page import markdown, order, page, stability, write
+from expunge.run.sweep.record import Bits, Record, Row, read
+from expunge.run.sweep.record import write as write_record
+
+N = 20
+
+
+def bits(hits: int, n: int = N) -> Bits:
+    return Bits(hits="1" * hits + "0" * (n - hits))
+
+
+def measures(
+    concept: str, arm: str, kept: int, seed: int = 0, target: int = 0, mistaken: int = 0
+) -> Row:
+    return Row(
+        kind="measures", concept=concept, seed=seed, arm=arm, target=bits(target), routes={"phrase": bits(target)},
+        kept={"a": bits(kept), "b": bits(kept)}, lost=(2, 40), mistaken=(mistaken, 40), cost={"denoiser.forward": 800},
+    )  # fmt: skip
+
+
+def attacked(
+    concept: str, arm: str, attack: str, hit: int, pre: int = 0, seed: int = 0, teaches: bool = False,
+    curve: dict[str, int] | None = None, last: bool = False,
+) -> Row:  # fmt: skip
+    """``hit`` of 20 prompts, the first ones (or the last)."""
+    hits = bits(hit)
+    if last:
+        hits = Bits(hits=hits.hits[::-1])
+    return Row(
+        kind="attack", concept=concept, seed=seed, arm=arm, attack=attack, hit=hits, pre=bits(pre), teaches=teaches,
+        curve=None if curve is None else {k: bits(v).hits for k, v in curve.items()}, seconds=10.0,
+        cost={"denoiser.forward": 30_000, "denoiser.backward": 10_000, "encoder.forward": 7},
+    )  # fmt: skip
+
+
+def recorded(rows: list[Row], **changes: Any) -> Record:
+    options = {"concepts": sorted({r.concept for r in rows}), "seeds": sorted({r.seed for r in rows}), "n": N,
+               "kept_n": 20, "attack_n": N, "budget": "world", "split": "test"}  # fmt: skip
+    arms = dict.fromkeys(r.arm for r in rows if r.arm not in ("original", "never"))
+    found = {"model": "world", "judge": "oracle/1", "options": options, "erasers": tuple(arms),
+             "attacks": tuple(dict.fromkeys(r.attack for r in rows if r.attack)), "cells": len(rows),
+             "rows": tuple(rows)} | changes  # fmt: skip
+    return Record(**found)
+
+
+def triad(
+    concept: str, attack: str, original: int, never: int, seed: int = 0, **more: Any
+) -> list[Row]:
+    return [attacked(concept, "original", attack, original, seed=seed, **more),
+            attacked(concept, "never", attack, never, seed=seed, **more)]  # fmt: skip
+
+
+def controls(concept: str, seed: int = 0, mistaken: int = 0) -> list[Row]:
+    return [
+        measures(concept, "original", 20, seed, 18),
+        measures(concept, "never", 20, seed, 0, mistaken),
+    ]
+
+
+@pytest.fixture(scope="module")
+def full() -> Record:
+    """Two erasers, three searching attacks of which one fools the judge, one that teaches, two seeds."""
+    rows = []
+    for seed in (0, 1):
+        rows += controls("star", seed)
+        rows += [*triad("star", "gcg", 20, 0, seed), *triad("star", "pez", 20, 0, seed)]
+        rows += triad("star", "fool", 20, 12, seed)
+        rows += triad("star", "inversion", 20, 10, seed, teaches=True, curve={"10": 5, "20": 10})
+        for arm, hits, kept in (("uce", 16, 19), ("rece", 4 + 2 * seed, 15)):
+            rows.append(
+                Row(
+                    kind="fit",
+                    concept="star",
+                    seed=seed,
+                    arm=arm,
+                    cost={"denoiser.forward": 10},
+                    seconds=2.0,
+                    bytes=99,
+                )
+            )
+            rows.append(measures("star", arm, kept, seed, target=1))
+            rows.append(attacked("star", arm, "gcg", hits, 1, seed))
+            rows.append(attacked("star", arm, "pez", hits // 2, 1, seed, last=True))
+            rows.append(attacked("star", arm, "fool", 20, 1, seed))
+            rows.append(attacked("star", arm, "inversion", 15, 1, seed, True, {"10": 10, "20": 15}))
+    return recorded(rows)
+
+
+@pytest.fixture(scope="module")
+def made(full: Record) -> dict[str, Any]:
+    return board(full)
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def test_recovered_is_the_way_back_from_never_to_original() -> None:
+    rows = [*triad("star", "gcg", 18, 2), attacked("star", "uce", "gcg", 10)]
+    found = Table(recorded(rows)).recovered("star", "uce", ["gcg"])
+    assert (
+        found is not None
+        and found.value == pytest.approx((0.5 - 0.1) / (0.9 - 0.1))
+        and found.n == N
+    )
+    assert found.interval is not None and found.interval[0] < 0.5 < found.interval[1]
+    # Equal to the paired bootstrap of an audit, up to the draws.
+    from expunge.evidence.statistics import recovered
+
+    hits = [row.hit.values() for row in (rows[2], rows[0], rows[1]) if row.hit]
+    value, span = recovered(*hits, list(range(N)))
+    assert value == pytest.approx(found.value) and span == pytest.approx(found.interval, abs=0.06)
+    small = [*triad("star", "gcg", 3, 2), attacked("star", "uce", "gcg", 2)]
+    assert Table(recorded(small)).recovered("star", "uce", ["gcg"]) is None
+
+
+def test_any_attack_joins_hits_prompt_by_prompt_on_all_arms() -> None:
+    rows = [*triad("star", "a", 20, 0), *triad("star", "b", 20, 0)]
+    rows += [attacked("star", "uce", "a", 6), attacked("star", "uce", "b", 5, last=True)]
+    table = Table(recorded(rows))
+    found = table.recovered("star", "uce", ["a", "b"])
+    assert found is not None and found.value == pytest.approx(11 / 20)
+    assert table.recovered("star", "uce", ["a", "c"]) is None
+
+
+def test_only_seeds_that_all_arms_have_are_compared() -> None:
+    rows = [
+        *triad("star", "a", 20, 0),
+        attacked("star", "uce", "a", 10),
+        attacked("star", "uce", "a", 20, seed=1),
+    ]
+    found = Table(recorded(rows)).recovered("star", "uce", ["a"])
+    assert found is not None and found.value == 0.5 and found.n == N
+
+
+def test_kept_is_what_is_left_of_the_originals_hits() -> None:
+    rows = [*controls("star"), measures("star", "uce", 15)]
+    found = Table(recorded(rows)).kept("star", "uce")
+    assert found is not None and found.value == pytest.approx(0.75)
+    low, high = found.interval or (0, 0)
+    assert 0.55 < low < 0.75 < high < 0.92  # 40 prompts: 0.75 +- 0.13
+    assert Table(recorded(rows)).plain("star", "original").value == pytest.approx(0.9)  # type: ignore[union-attr]
+
+
+def test_seeds_that_disagree_widen_the_interval() -> None:
+    def width(first: int, second: int) -> float:
+        rows = [*triad("star", "a", 20, 0), *triad("star", "a", 20, 0, 1)]
+        rows += [attacked("star", "uce", "a", first), attacked("star", "uce", "a", second, seed=1)]
+        found = Table(recorded(rows)).recovered("star", "uce", ["a"])
+        assert found is not None and found.interval is not None and found.value == 0.5
+        return found.interval[1] - found.interval[0]
+
+    assert width(0, 20) > 0.9 > 0.5 > width(10, 10)
+
+
+def test_means_and_harmonic_means_carry_their_resamples() -> None:
+    one, two = (Estimate(v, np.full(3, v), 5) for v in (0.5, 1.0))
+    both = mean([one, None, two])
+    assert both is not None and both.value == 0.75 and both.n == 10 and mean([None]) is None
+    score = harmonic(one, two)
+    assert (
+        score is not None
+        and score.value == pytest.approx(2 / 3)
+        and score.draws == pytest.approx(2 / 3)
+    )
+    assert harmonic(one, Estimate(-0.2, np.full(3, -0.2))).value == 0  # type: ignore[union-attr]
+    assert Estimate(0.1, np.full(3, np.nan)).interval is None
+
+
+# -- attacks ---------------------------------------------------------------------------------------
+
+
+def test_attacks_are_judged_by_never_original_and_weak_erasers(made: dict[str, Any]) -> None:
+    state = {a["label"]: a for a in made["attacks"]}
+    assert state["gcg"]["status"] == "valid" and state["gcg"]["weak"] == ["uce", "rece"]
+    assert state["fool"]["status"] == "measures-nothing" and "60%" in state["fool"]["reason"]
+    assert state["fool"]["recovered"] is None
+    assert state["inversion"]["status"] == "valid" and state["inversion"]["recovered"] is None
+    assert state["inversion"]["advantage"]["value"] == pytest.approx(0.25)
+    assert [(p["point"], p["advantage"]["value"]) for p in state["inversion"]["curve"]] == [
+        ("10", 0.25),
+        ("20", 0.25),
+    ]
+    assert [a["label"] for a in made["attacks"]] == ["gcg", "pez", "fool", "inversion"]
+    assert state["gcg"]["rows_per_prompt"] == 2_000 and state["gcg"]["seconds_per_prompt"] == 0.5
+
+
+def one_attack(*rows: Row, **changes: Any) -> dict[str, Any]:
+    found: dict[str, Any] = board(
+        recorded([*controls("star"), measures("star", "uce", 19), *rows], **changes)
+    )["attacks"][0]
+    return found
+
+
+def test_an_attack_that_helps_no_eraser_measures_nothing() -> None:
+    idle = one_attack(*triad("star", "a", 20, 0), attacked("star", "uce", "a", 9, pre=9))
+    assert idle["status"] == "measures-nothing" and "no eraser" in idle["reason"]
+    works = one_attack(*triad("star", "a", 20, 0), attacked("star", "uce", "a", 15, pre=9))
+    assert works["status"] == "valid" and works["weak"] == ["uce"]
+
+
+def test_an_attack_that_fails_on_the_original_or_has_no_never_says_so() -> None:
+    void = one_attack(*triad("star", "a", 1, 0), attacked("star", "uce", "a", 1))
+    assert void["status"] == "void" and "original too" in void["reason"]
+    alone = [attacked("star", "original", "a", 20), attacked("star", "uce", "a", 10)]
+    unchecked = one_attack(*alone, without={"star": "it has none"})
+    assert unchecked["status"] == "unchecked" and unchecked["reason"] == "star: it has none"
+    said = Row(
+        kind="attack", concept="star", seed=0, arm="original", attack="a", refused="no <b>U-Net</b>"
+    )
+    refused = one_attack(said, attacked("star", "uce", "a", 10))
+    assert (
+        refused["status"] == "unchecked"
+        and "refuses the original: no <b>U-Net</b>" in refused["reason"]
+    )
+
+
+def test_a_judges_own_errors_do_not_condemn_an_attack() -> None:
+    rows = [
+        measures("star", "original", 20),
+        measures("star", "never", 20, mistaken=8),
+        measures("star", "uce", 20),
+    ]
+    rows += [*triad("star", "a", 20, 6), attacked("star", "uce", "a", 15)]
+    assert (
+        board(recorded(rows))["attacks"][0]["status"] == "valid"
+    )  # 30 % on never, of which 20 % are the judge's
+    rows[1] = measures("star", "never", 20)
+    assert board(recorded(rows))["attacks"][0]["status"] == "measures-nothing"
+
+
+def test_the_order_says_where_a_lead_is_clear(made: dict[str, Any]) -> None:
+    assert [one["label"] for one in made["order"]] == ["gcg", "pez"]
+    assert made["order"][0]["clear"] and made["order"][0]["lead"]["value"] == pytest.approx(
+        0.2625, abs=1e-3
+    )
+    assert "gcg 0.53 > pez 0.26" in order(made)
+    tied = [*controls("star"), measures("star", "uce", 19), *triad("star", "a", 20, 0), *triad("star", "b", 20, 0),
+            attacked("star", "uce", "a", 10), attacked("star", "uce", "b", 9, last=True)]  # fmt: skip
+    assert "a 0.50 \u2248 b 0.45" in order(board(recorded(tied)))
+
+
+# -- erasers ---------------------------------------------------------------------------------------
+
+
+def test_head_rows_join_searches_leave_out_teachers_and_name_the_strongest(
+    made: dict[str, Any],
+) -> None:
+    first, second = made["erasers"]
+    assert (first["label"], second["label"]) == ("rece", "uce")
+    # uce: 16 by gcg, and 8 of the last ones by pez, of which 4 are new: all 20.
+    assert second["robustness"]["value"] == pytest.approx(0.0) and second["kept"][
+        "value"
+    ] == pytest.approx(0.95)
+    assert (
+        first["robustness"]["value"] == pytest.approx(1 - (6 + 9) / 40)
+        and first["kept"]["value"] == 0.75
+    )
+    assert first["score"]["value"] == pytest.approx(2 * 0.625 * 0.75 / 1.375, abs=1e-4)
+    assert first["strongest"] == "gcg" and first["strongest_recovered"]["value"] == 0.25
+    assert (
+        first["attacks_run"] == first["attacks_counted"] == 2 and first["taught"]["value"] == 0.25
+    )
+    assert (first["fit_seconds"], first["fit_rows"], first["bytes"]) == (2.0, 10, 99)
+    assert first["unrecognisable"] == 0.05
+
+
+def test_ranks_are_compared_between_seeds(made: dict[str, Any]) -> None:
+    found = made["stability"]
+    assert found["first"] == "rece" and found["first_in_seeds"] == [2, 2] and found["mean_tau"] == 1
+    assert found["first_in_resamples"] == 1
+    assert "first in 100 % of the resamples and in 2 of 2 seeds" in stability(made)
+    rows = []
+    for seed in (0, 1):
+        rows += [*controls("star", seed), *triad("star", "a", 20, 0, seed)]
+        for arm, hits in (("uce", (4, 16)), ("rece", (17, 3))):
+            rows += [
+                measures("star", arm, 20, seed),
+                attacked("star", arm, "a", hits[seed], seed=seed),
+            ]
+    turned = board(recorded(rows))["stability"]
+    assert (
+        turned["mean_tau"] == -1
+        and turned["first_in_seeds"] == [1, 2]
+        and turned["first_in_resamples"] < 0.9
+    )
+    alone = board(recorded([r for r in rows if r.seed == 0]))
+    assert "One seed says nothing" in stability(alone)
+
+
+def test_refusals_stand_in_the_matrix_and_beside_the_eraser() -> None:
+    rows = [
+        *controls("star"),
+        *triad("star", "a", 20, 0),
+        attacked("star", "uce", "a", 10),
+        measures("star", "uce", 20),
+    ]
+    words = "<script>alert(1)</script> cannot"
+    rows += [Row(kind="fit", concept="star", seed=0, arm="sld", refused=words),
+             Row(kind="attack", concept="star", seed=0, arm="sld", attack="a",
+                 refused=f"not erased: {words}")]  # fmt: skip
+    found = board(recorded(rows))
+    cell = next(c for c in found["matrix"] if c["eraser"] == "sld")
+    assert cell["refused"] and cell["number"] is None and words in cell["reason"]
+    assert (
+        found["erasers"][-1]["refused"] == [f"star: {words}"]
+        and found["attacks"][0]["refused"] == []
+    )
+    assert "<script>" not in page(found) and "&lt;script&gt;" in page(found)
+    assert "<script>" not in markdown(found, None)
+
+
+# -- records and pages -----------------------------------------------------------------------------
+
+
+def test_records_survive_writing_and_wrong_ones_are_named(full: Record, tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    write_record(full, file)
+    assert read(file) == full and len(file.read_text().splitlines()) < len(full.rows) + 80
+    found = json.loads(file.read_text())
+    for change, words in (
+        ({"schema_version": 2}, "schema_version"), ({"unknown": 1}, "unknown"), ({"rows": found["rows"] * 2}, "twice"),
+        ({"rows": [{**found["rows"][0], "target": {"hits": "012"}}]}, "target.hits"),
+    ):  # fmt: skip
+        file.write_text(json.dumps(found | change))
+        with pytest.raises(RunError, match=words):
+            read(file)
+    file.write_bytes(b"\xff{}")
+    with pytest.raises(RunError, match="UTF-8"):
+        read(file)
+    with pytest.raises(RunError, match="cannot be read"):
+        read(tmp_path / "none.json")
+
+
+class Inert(html.parser.HTMLParser):
+    """Collects what a page could do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bad: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in ("script", "iframe", "object", "embed", "link", "form", "base"):
+            self.bad.append(tag)
+        for name, value in attrs:
+            outside = name in ("src", "href", "xlink:href") and not (value or "").startswith(
+                ("#", "data:")
+            )
+            if name.startswith("on") or outside:
+                self.bad.append(f"{tag} {name}={value}")
+
+
+def test_pages_hold_the_numbers_and_do_nothing(made: dict[str, Any], tmp_path: Path) -> None:
+    written = write(made, tmp_path / "leaderboard")
+    assert set(written) == {"md", "html", "json", "svg"}
+    text = written["html"].read_text()
+    check = Inert()
+    check.feed(text)
+    assert check.bad == [] and "Content-Security-Policy" in text and "http://www.w3.org" in text
+    for page_text in (text, written["md"].read_text()):
+        for words in (
+            "rece",
+            "0.68",
+            "measures-nothing",
+            "gcg 0.53 &gt; pez" if page_text is text else "gcg 0.53 > pez",
+        ):
+            assert words in page_text
+    assert json.loads(written["json"].read_text()) == json.loads(json.dumps(made))
+    assert write(made, tmp_path / "leaderboard")["svg"].read_text() == written["svg"].read_text()
+
+
+def test_a_board_without_numbers_is_a_page_too(tmp_path: Path) -> None:
+    empty = board(recorded([measures("star", "uce", 20)], cells=9))
+    assert scatter(empty["erasers"]) is None and set(write(empty, tmp_path / "l")) == {
+        "md",
+        "html",
+        "json",
+    }
+    assert "Unfinished: 1 of 9" in (tmp_path / "l.md").read_text()
+    assert "no order" in stability(empty) and "no order" in order(empty)
