@@ -32,6 +32,7 @@ __all__ = [
 NOTHING = "No claim recorded at this version yet."
 BENCHMARKS = "benchmarks"
 COMPARISON = "comparison"
+LEADERBOARD = "leaderboard"
 KINDS = {
     "int": "whole number",
     "float": "number",
@@ -196,7 +197,7 @@ def every_claim() -> str:
     root = results.folder()
     parts, everything = [], []
     for folder in sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else ():
-        if folder.name in (BENCHMARKS, COMPARISON):
+        if folder.name in (BENCHMARKS, COMPARISON, LEADERBOARD):
             continue
         runs = [run for file in _files(folder) for run in results.read(file)[-1:]]
         if runs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def scatter(erasers: Sequence[Mapping[str, Any]], *, page: bool = True) -> str |
     with matplotlib.rc_context({**STYLE, **white, "svg.hashsalt": "leaderboard"}):
         figure = Figure(figsize=(6.6, height))
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.095, 0.62 / height, 0.6, 1 - 0.82 / height))
+        axes = figure.add_axes((0.115, 0.52 / height, 0.58, 1 - 0.64 / height))
         _limits(axes, known)
         for place, row in enumerate(known):
             _point(axes, row, FIRST if place == 0 else POINT)
@@ -51,12 +52,12 @@ def scatter(erasers: Sequence[Mapping[str, Any]], *, page: bool = True) -> str |
 
 
 def _limits(axes: Any, known: Sequence[Mapping[str, Any]]) -> None:
-    """Shares from 0 to 1, and beyond where an interval goes there."""
-    for name, setter in (("kept", axes.set_xlim), ("robustness", axes.set_ylim)):
+    """Robustness from 0 to 1; utility from a round share below the lowest; beyond where an interval goes there."""
+    for name, floor, setter in (("kept", 0.8, axes.set_xlim), ("robustness", 0.0, axes.set_ylim)):
         ends = [
             bound for row in known for bound in (row[name]["interval"] or (row[name]["value"],))
         ]
-        low, high = min(0.0, *ends), max(1.0, *ends)
+        low, high = min(floor, math.floor(10 * min(ends)) / 10), max(1.0, *ends)
         margin = 0.04 * (high - low)
         setter(low - margin, high + margin)
     for axis in (axes.xaxis, axes.yaxis):
@@ -89,6 +90,7 @@ def _names(axes: Any, known: Sequence[Mapping[str, Any]]) -> None:
         told = axes.annotate(
             short(row["label"], 26), (row["kept"]["value"], row["robustness"]["value"]), xycoords="data",
             xytext=(1.03, place), textcoords="axes fraction", va="center", fontsize=8.5, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": INK, "alpha": 0.25, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3},
+            arrowprops={"arrowstyle": "-", "color": INK, "alpha": 0.25, "linewidth": 0.6, "relpos": (0, 0.5),
+                        "shrinkA": 1, "shrinkB": 3},
         )  # fmt: skip
         told.set_parse_math(False)

@@ -71,7 +71,9 @@ def head(board: Mapping[str, Any]) -> list[dict[str, Any]]:
         ]
         cells.append((row["strongest"] or NONE, _worded(row["strongest_recovered"])))
         cells.append((number(row["taught"]), span(row["taught"])))
-        cells.append((f"{row['attacks_run']} of {row['attacks_counted']}", ""))
+        some = len(row["concepts"]) < len(board["options"].get("concepts", ()))
+        only = f"on {', '.join(row['concepts'])} only" if some and row["concepts"] else ""
+        cells.append((f"{row['attacks_run']} of {row['attacks_counted']}", only))
         fit = NONE if row["fit_seconds"] is None else f"{row['fit_seconds']:,.0f} s"
         cells.append((fit, "" if row["fit_rows"] is None else f"{row['fit_rows']:,} rows"))
         rows.append({"label": row["label"], "cells": cells, "refused": row["refused"]})
