@@ -23,59 +23,51 @@ from .options import (
 
 __all__ = ["leaderboard", "sweep"]
 
+ConceptsOption = Annotated[
+    str, typer.Option(help="Names of the world's concepts joined by commas.")
+]
+ErasersOption = Annotated[
+    str, typer.Option(help="`all`, or ids with settings joined by commas: `uce,trce:stage2=false`.")
+]
+AttacksOption = Annotated[
+    str, typer.Option(help="`all`, `none`, or ids with settings joined by commas.")
+]
+SeedsOption = Annotated[
+    str, typer.Option(help="Seeds joined by commas; each fits, asks and attacks anew.")
+]
+SplitOption = Annotated[str, typer.Option(help="`test`, or `development` while choosing settings.")]
+JobsOption = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Processes on this machine.")]
+RayOption = Annotated[
+    str | None,
+    typer.Option(help="Address of a Ray cluster instead (`auto`); needs the extra `cluster`."),
+]
+DryOption = Annotated[
+    bool, typer.Option("--dry-run", help="Count the cost, and how to cut it; do nothing.")
+]
+RetryOption = Annotated[
+    bool, typer.Option("--retry", help="Do again what a method refused before.")
+]
+RecordOption = Annotated[
+    Path | None, typer.Option(help="Write the compact record: `results/leaderboard/world.json`.")
+]
 PageOption = Annotated[
     Path | None,
     typer.Option(
         help="Write the leaderboard as PAGE.md, .html, .json and .svg: `docs/leaderboard`."
     ),
 ]
+BatchOption = Annotated[
+    int, typer.Option(min=1, help="Outputs at a time; halve it when memory runs out.")
+]
 
 
 def sweep(
-    model: ModelOption,
-    out: OutOption,
-    concepts: Annotated[str, typer.Option(help="Names of the world's concepts joined by commas.")],
-    erasers: Annotated[
-        str,
-        typer.Option(help="`all`, or ids with settings joined by commas: `uce,trce:stage2=false`."),
-    ] = "all",
-    attacks: Annotated[
-        str, typer.Option(help="`all`, `none`, or ids with settings joined by commas.")
-    ] = "all",
-    seeds: Annotated[
-        str, typer.Option(help="Seeds joined by commas; each fits, asks and attacks anew.")
-    ] = "0",
-    budget: BudgetOption = "world",
-    n: NOption = 100,
-    kept_n: KeptNOption = 20,
-    attack_n: AttackNOption = 10,
-    split: Annotated[
-        str, typer.Option(help="`test`, or `development` while choosing settings.")
-    ] = "test",
-    jobs: Annotated[
-        int, typer.Option("--jobs", "-j", min=1, help="Processes on this machine.")
-    ] = 1,
-    ray: Annotated[
-        str | None,
-        typer.Option(help="Address of a Ray cluster instead (`auto`); needs the extra `cluster`."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Count the cost, and how to cut it; do nothing.")
-    ] = False,
-    retry: Annotated[
-        bool, typer.Option("--retry", help="Do again what a method refused before.")
-    ] = False,
-    record: Annotated[
-        Path | None,
-        typer.Option(help="Write the compact record: `results/leaderboard/world.json`."),
-    ] = None,
-    page: PageOption = None,
-    batch: Annotated[
-        int, typer.Option(min=1, help="Outputs at a time; halve it when memory runs out.")
-    ] = 64,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = None,
-) -> None:
+    model: ModelOption, out: OutOption, concepts: ConceptsOption, erasers: ErasersOption = "all",
+    attacks: AttacksOption = "all", seeds: SeedsOption = "0", budget: BudgetOption = "world", n: NOption = 100,
+    kept_n: KeptNOption = 20, attack_n: AttackNOption = 10, split: SplitOption = "test", jobs: JobsOption = 1,
+    ray: RayOption = None, dry_run: DryOption = False, retry: RetryOption = False, record: RecordOption = None,
+    page: PageOption = None, batch: BatchOption = 64, device: DeviceOption = "cpu", dtype: DtypeOption = None,
+) -> None:  # fmt: skip
     """Run erasers against attacks on the same concepts, seeds and prompts; the same command resumes."""
     from ..errors import SettingError
     from ..run.sweep.options import Options
