@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from expunge.concept import Concept
-from expunge.errors import ProtocolError, SettingError
-from expunge.measure.clip_score import ClipScore, ClipZeroShot
+from expunge.errors import InputError, ProtocolError, SettingError
+from expunge.measure.clip_score import SCALES, ClipScore, ClipZeroShot
 from expunge.method import Prompt
 
 
@@ -117,3 +118,100 @@ def test_zero_shot_classes_are_the_softmax_of_the_scores(clip: CLIPModel) -> Non
         judge.judge(PICTURES, Concept("women"), PROMPTS)
     with pytest.raises(SettingError, match="two"):
         ClipZeroShot(score, ("woman", "woman"))
+
+
+def test_the_three_scales_of_one_score(clip: CLIPModel) -> None:
+    opposed = copy.deepcopy(clip)
+    with torch.no_grad():
+        opposed.text_projection.weight.neg_()
+    for model, sign in ((clip, 1), (opposed, -1)):
+        hundred, plain, clipped = (ClipScore(model, Letters(), "small", scale=s) for s in SCALES)
+        cosines = plain.scores(PICTURES, PROMPTS)
+        assert (sign * cosines > 0).all()
+        np.testing.assert_allclose(hundred.scores(PICTURES, PROMPTS), 100 * cosines, atol=1e-4)
+        expected = 2.5 * np.maximum(cosines, 0)
+        np.testing.assert_allclose(clipped.scores(PICTURES, PROMPTS), expected, atol=1e-5)
+    for score in (hundred, plain, clipped):
+        score.update(PICTURES, PROMPTS)
+    for one, two in ((hundred, plain), (hundred, clipped), (plain, clipped)):
+        with pytest.raises(ProtocolError):
+            one.compute().minus(two.compute())
+    with pytest.raises(SettingError, match="cosine"):
+        ClipScore(clip, Letters(), "small", scale="cosin")
+
+
+def test_a_prefix_is_part_of_the_text_and_of_the_id(clip: CLIPModel) -> None:
+    plain, prefixed = (
+        ClipScore(clip, Letters(), "small"),
+        ClipScore(clip, Letters(), "small", prefix="zz "),
+    )
+    longer = [Prompt("zz " + prompt.text) for prompt in PROMPTS]
+    np.testing.assert_allclose(
+        prefixed.scores(PICTURES, PROMPTS), plain.scores(PICTURES, longer), atol=1e-4
+    )
+    assert prefixed.protocol == "clip-score/100-cosine/small/prefix='zz '"
+
+
+def test_embeddings_come_with_the_scores(clip: CLIPModel) -> None:
+    score = ClipScore(clip, Letters(), "small")
+    values, rows = score.scored(PICTURES, PROMPTS)
+    np.testing.assert_array_equal(values, score.scores(PICTURES, PROMPTS))
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+
+
+def test_accuracy_and_error_rate_are_of_target_against_anchor(clip: CLIPModel) -> None:
+    score = ClipScore(clip, Letters(), "small")
+    table = score.table(PICTURES, ["dog", "cat"])
+    expected = (table[:, 0] > table[:, 1]).mean()
+    accuracy = score.accuracy(PICTURES, "dog", "cat", PROMPTS)
+    error = score.error_rate(PICTURES, "dog", "cat", PROMPTS)
+    assert accuracy.value == pytest.approx(expected)
+    assert error.value == pytest.approx(1 - expected) and accuracy.n == 5
+    with pytest.raises(ProtocolError):
+        accuracy.minus(error)
+    with pytest.raises(ProtocolError):
+        accuracy.minus(score.accuracy(PICTURES, "dog", "animal", PROMPTS))
+    each = score.accuracy(PICTURES, ["dog"] * 6, ["cat"] * 6, PROMPTS)
+    assert each.value == accuracy.value
+    # A tie goes to the anchor.
+    assert score.accuracy(PICTURES, "dog", "dog", PROMPTS).value == 0
+    # Where both scores are clipped to 0, neither is closer: the scale is part of the id.
+    opposed = copy.deepcopy(clip)
+    with torch.no_grad():
+        opposed.text_projection.weight.neg_()
+    clipped = ClipScore(opposed, Letters(), "small", scale="2.5-clipped")
+    both = np.maximum(-table, 0)
+    assert (both == 0).all(1).any()
+    assert clipped.accuracy(PICTURES, "dog", "cat", PROMPTS).value == pytest.approx(
+        (both[:, 0] > both[:, 1]).mean()
+    )
+    for wrong in (["dog"] * 5, []):
+        with pytest.raises(InputError, match="texts"):
+            score.accuracy(PICTURES, wrong, "cat", PROMPTS)
+    with pytest.raises(InputError, match="one each"):
+        score.accuracy(PICTURES, "dog", "cat", PROMPTS[:3])
+
+
+def test_maces_accuracy_is_a_mean_probability(clip: CLIPModel) -> None:
+    score = ClipScore(clip, Letters(), "small")
+    objects = ("cat", "dog", "ship")
+    table = score.table(PICTURES, [f"a photo of the {name}" for name in objects])
+    shares = np.exp(table) / np.exp(table).sum(1, keepdims=True)
+    found = {name: score.probability(PICTURES, name, objects, PROMPTS) for name in objects}
+    for place, name in enumerate(objects):
+        assert found[name].value == pytest.approx(shares[:, place].mean(), abs=1e-4)
+    assert sum(one.value for one in found.values()) == pytest.approx(1, abs=1e-6)
+    assert found["cat"].value != pytest.approx((shares.argmax(1) == 0).mean(), abs=1e-3)
+    with pytest.raises(InputError, match="cat"):
+        score.probability(PICTURES, "cats", objects, PROMPTS)
+    other = score.probability(PICTURES, "cat", ("cat", "dog"), PROMPTS)
+    with pytest.raises(ProtocolError):
+        found["cat"].minus(other)
+
+
+def test_the_middle_is_cut_out_of_what_is_not_square(clip: CLIPModel) -> None:
+    score = ClipScore(clip, Letters(), "small")
+    wide = np.pad(PICTURES, ((0, 0), (0, 0), (8, 8), (0, 0)))
+    np.testing.assert_allclose(
+        score.scores(wide, PROMPTS), score.scores(PICTURES, PROMPTS), atol=1e-4
+    )

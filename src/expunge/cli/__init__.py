@@ -1,4 +1,4 @@
-"""The command line: `expunge methods | generate | erase | audit | run | sweep | leaderboard | inspect | export ...`.
+"""The command line: `expunge methods | generate | erase | audit | run | measure | sweep | leaderboard | inspect ...`.
 
 Heavy libraries are imported inside the commands, so that `expunge --help` and `expunge methods` stay quick.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ExpungeError
-from . import common, listing, sweeping
+from . import common, listing, measure, sweeping
 from .options import (
     MODEL_HELP,
     AnchorOption,
@@ -60,6 +60,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(listing.methods)
+app.command()(measure.measure)
 app.command()(sweeping.sweep)
 app.command()(sweeping.leaderboard)
 world_app = typer.Typer(help="The built-in world.", no_args_is_help=True)

@@ -1,27 +1,63 @@
-"""What a CLIP vision tower says of pictures."""
+"""Pictures as a vision tower reads them, and what a CLIP's tower says of them.
+
+No image processor of a library is used: some ask for torchvision even where they do not need it.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    import numpy as np
+__all__ = ["CLIP_MEAN", "CLIP_STD", "Embed", "pixel_statistics", "pixels", "vision_encoder"]
 
-__all__ = ["Embed", "vision_encoder"]
+# What CLIP image processors use unless their configuration says otherwise.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-Embed = Callable[["np.ndarray"], Tensor]
+Embed = Callable[[np.ndarray], Tensor]
 """uint8 pictures ``(n, height, width, 3)`` -> embeddings ``(n, embedding)``."""
+
+
+def pixels(
+    pictures: np.ndarray,
+    size: int,
+    mean: tuple[float, ...] = CLIP_MEAN,
+    std: tuple[float, ...] = CLIP_STD,
+    squeeze: bool = False,
+) -> Tensor:
+    """Normalised pixels ``(n, 3, size, size)`` of uint8 pictures ``(n, height, width, 3)``, bicubic with antialiasing.
+
+    Args:
+        pictures: The pictures.
+        size: Pixels a side.
+        mean, std: Of each channel, for values from 0 to 1.
+        squeeze: Change the shape of what is not square; otherwise its middle is cut out.
+    """
+    found = torch.as_tensor(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2) / 255
+    if not squeeze:
+        side = min(found.shape[-2:])
+        top, left = ((length - side) // 2 for length in found.shape[-2:])
+        found = found[..., top : top + side, left : left + side]
+    if tuple(found.shape[-2:]) != (size, size):
+        found = functional.interpolate(
+            found, (size, size), mode="bicubic", antialias=True, align_corners=False
+        ).clamp(0, 1)
+    centre, spread = (torch.tensor(value).reshape(3, 1, 1) for value in (mean, std))
+    return (found - centre) / spread
 
 
 def vision_encoder(
     tower: Any,
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073),
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711),
+    mean: tuple[float, float, float] = CLIP_MEAN,
+    std: tuple[float, float, float] = CLIP_STD,
     batch: int = 64,
 ) -> Embed:
     """Pictures -> projected embeddings of a CLIP vision tower (CLIPVisionModelWithProjection or CLIPModel).
@@ -37,20 +73,26 @@ def vision_encoder(
     def embed(pictures: np.ndarray) -> Tensor:
         """uint8 ``(n, height, width, 3)`` -> embeddings ``(n, width)``, float as the tower's."""
         weight = tower.visual_projection.weight
-        centre, spread = (torch.tensor(value).reshape(3, 1, 1) for value in (mean, std))
         parts = []
         for first in range(0, len(pictures), batch):
-            pixels = torch.as_tensor(pictures[first : first + batch]).permute(0, 3, 1, 2) / 255
-            side = min(pixels.shape[-2:])
-            top, left = ((length - side) // 2 for length in pixels.shape[-2:])
-            pixels = pixels[..., top : top + side, left : left + side]
-            if side != config.image_size:
-                pixels = functional.interpolate(
-                    pixels, (config.image_size,) * 2, mode="bicubic", antialias=True
-                ).clamp(0, 1)
-            pixels = ((pixels - centre) / spread).to(weight.device, weight.dtype)
-            pooled = tower.vision_model(pixel_values=pixels).pooler_output
+            read = pixels(pictures[first : first + batch], config.image_size, mean, std)
+            read = read.to(weight.device, weight.dtype)
+            pooled = tower.vision_model(pixel_values=read).pooler_output
             parts.append(tower.visual_projection(pooled))
         return torch.cat(parts)
 
     return embed
+
+
+def pixel_statistics(where: str) -> Any:
+    """Mean and standard deviation of a model's ``preprocessor_config.json``, where it has one."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    file = "preprocessor_config.json"
+    try:
+        local = Path(where) / file if Path(where).is_dir() else Path(hf_hub_download(where, file))
+        plain = json.loads(local.read_text(encoding="utf-8"))
+    except (OSError, ValueError, HfHubHTTPError):
+        return None
+    return SimpleNamespace(image_mean=plain.get("image_mean"), image_std=plain.get("image_std"))

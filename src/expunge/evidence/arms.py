@@ -99,6 +99,7 @@ class Part:
     mistaken: list[bool] = dataclasses.field(default_factory=list)
     features: list[np.ndarray] = dataclasses.field(default_factory=list)
     clip: list[float] = dataclasses.field(default_factory=list)
+    embeddings: list[np.ndarray] = dataclasses.field(default_factory=list)
     shown: list[Any] = dataclasses.field(default_factory=list)
 
     @property
@@ -109,6 +110,10 @@ class Part:
     def matrix(self) -> np.ndarray | None:
         """Features ``(n, d)``, or ``None`` if the judge has none."""
         return np.concatenate(self.features) if self.features else None
+
+    def embedded(self) -> np.ndarray | None:
+        """The CLIP's picture embeddings ``(n, d)`` of kept outputs, or ``None`` without one."""
+        return np.concatenate(self.embeddings) if self.embeddings else None
 
 
 @dataclasses.dataclass
@@ -211,7 +216,12 @@ def _take(
         if features is not None:
             part.features.append(np.asarray(features, np.float32))
         if clip is not None and isinstance(made, np.ndarray):
-            part.clip.extend(clip.scores(made, prompts).tolist())
+            # A caller's own scorer may give numbers alone.
+            both = clip.scored(made, prompts) if hasattr(clip, "scored") else None
+            scores = clip.scores(made, prompts) if both is None else both[0]
+            part.clip.extend(np.asarray(scores).tolist())
+            if both is not None and key[0] == "kept":
+                part.embeddings.append(np.asarray(both[1], np.float32))
     room = shown - len(part.shown)
     part.shown.extend(list(made[: max(0, room)]))
 

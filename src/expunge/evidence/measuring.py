@@ -16,6 +16,9 @@ from .statistics import bootstrap_difference, bootstrap_mean, mean_difference, m
 __all__ = ["Notes", "arm_record", "composite_numbers", "differences", "distances_of"]
 
 
+NO_CLIP = "no CLIP with a text and a picture tower stands beside this model"
+
+
 class Notes:
     """Intervals, protocols, n and reasons by field path, filled while numbers are made."""
 
@@ -117,21 +120,25 @@ def _clip(
             value = notes.number(f"{arm}.{field}", bootstrap_mean(part.clip, units), clip.protocol)
             setattr(record, field, value)
         else:
-            notes.null(
-                f"{arm}.{field}", "no CLIP with a text and a picture tower stands beside this model"
-            )
+            notes.null(f"{arm}.{field}", NO_CLIP)
 
 
 def distances_of(
-    record: ArmRecord, seen: Observed, original: Observed | None, judge: Judge, notes: Notes
+    record: ArmRecord,
+    seen: Observed,
+    original: Observed | None,
+    judge: Judge,
+    notes: Notes,
+    clip: Any = None,
 ) -> None:
-    """Distances of an arm's outputs to the original's, on the judge's features, kept prompts."""
+    """Distances of an arm's outputs to the original's, on the judge's features and on a CLIP's, kept prompts."""
     arm = f"models.{seen.arm.name}"
     fields = (
         "frechet_to_original",
         "kid_to_original",
         "perceptual_distance",
         "perceptual_distance_target",
+        "cmmd_to_original",
     )
     if original is None:
         return _nulls(notes, arm, fields, "there is no original to compare with")
@@ -169,7 +176,15 @@ def distances_of(
             perceptual.protocol(judge.id),
         )
     else:
-        _nulls(notes, arm, fields[3:], f"the judge {judge.id} gives no features")
+        _nulls(notes, arm, fields[3:4], f"the judge {judge.id} gives no features")
+    one, two = kept.embedded(), reference.embedded()
+    if one is None or two is None or len(one) < 2:
+        return _nulls(notes, arm, fields[4:], f"{NO_CLIP}, or nothing is kept")
+    found = distances.clip_distance(one, two, f"{getattr(clip, 'name', 'clip')}:crop")
+    assert found.value is not None
+    units = len(set(_units(seen.kept())))
+    path = f"{arm}.cmmd_to_original"
+    record.cmmd_to_original = notes.number(path, (found.value, None, units), found.protocol)
 
 
 def differences(
@@ -253,10 +268,13 @@ def _nulls(notes: Notes, arm: str, fields: Sequence[str], reason: str) -> None:
         notes.null(f"{arm}.{field}", reason)
 
 
+POOLED = ("prompts", "hit", "score", "recognisable", "mistaken", "features", "clip", "embeddings")
+
+
 def _pooled(parts: Sequence[tuple[str, Part]]) -> Part:
     whole = Part()
     for _, part in parts:
-        for field in ("prompts", "hit", "score", "recognisable", "mistaken", "features", "clip"):
+        for field in POOLED:
             getattr(whole, field).extend(getattr(part, field))
     return whole
 

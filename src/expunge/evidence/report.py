@@ -34,7 +34,7 @@ RATES = (
 PLAIN = (
     ("clip_score", "CLIP score, concept's prompts"), ("clip_score_kept", "CLIP score, kept prompts"),
     ("frechet_to_original", "Frechet distance to original"), ("kid_to_original", "kernel distance (KID) to original"),
-    ("perceptual_distance", "perceptual distance to original, kept"),
+    ("cmmd_to_original", "CMMD to original"), ("perceptual_distance", "perceptual distance to original, kept"),
     ("perceptual_distance_target", "perceptual distance to original, concept"),
 )  # fmt: skip
 ROUTE_WORDS = {"phrase": "asked by a listed phrase", "unlisted": "asked by an unlisted synonym",

@@ -68,6 +68,9 @@ class ArmRecord(Strict):
     kid_to_original: float | None = Field(
         default=None, description="Unbiased kernel distance, the same sets."
     )
+    cmmd_to_original: float | None = Field(
+        default=None, description="CMMD, the same sets, on the CLIP's embeddings."
+    )
     perceptual_distance: float | None = Field(
         default=None, description="To the original, kept prompts."
     )
@@ -191,6 +194,7 @@ class ConceptFields(Strict):
     features: str | None = Field(default=None, description="Whose features the distances use.")
     frechet_to_original: float | None = None
     kid_to_original: float | None = None
+    cmmd_to_original: float | None = None
     perceptual_distance: float | None = None
     unrecognisable: Rate = None
     differences: dict[str, float | None] = Field(

@@ -146,7 +146,7 @@ class Triad:
         records = {}
         for name, observed in seen.items():
             record = measuring.arm_record(observed, self.judge, notes, sets.missing, self.clip)
-            measuring.distances_of(record, observed, original, self.judge, notes)
+            measuring.distances_of(record, observed, original, self.judge, notes, self.clip)
             records[name] = record
         fields.models = Models(**records)
         erased = records["erased"]
@@ -155,6 +155,7 @@ class Triad:
         for name in (
             "frechet_to_original",
             "kid_to_original",
+            "cmmd_to_original",
             "perceptual_distance",
             "unrecognisable",
         ):

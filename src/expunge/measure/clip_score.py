@@ -1,56 +1,174 @@
-"""CLIP score: the cosine between a picture's and its prompt's embedding, times 100.
+"""CLIP score and CLIP accuracies: numbers from the cosine between a picture's and a text's embedding.
 
-Three scales are in use under this name (100 cos, cos, 2.5 max(cos, 0)); this is the first, and the
-protocol id names the scale and the model.  A score from one CLIP is not comparable with another's.
+Three scales are in use under the name CLIP score, and three numbers under the name CLIP accuracy:
 
-:class:`ClipZeroShot` classifies pictures by the same cosines (Radford et al., arXiv 2103.00020).
+    100-cosine     100 cos                     MACE, RECE, ItD
+    cosine         cos                         AdvUnlearn
+    2.5-clipped    2.5 max(cos, 0)             Hessel et al. (arXiv 2104.08718); SPM, concept ablation
+    accuracy       target text closer than anchor text                       concept ablation
+    error rate     1 - accuracy                                              SPM
+    probability    mean of softmax(100 cos) over ten objects                 MACE
+
+The protocol id names the scale, the prefix of prompts and the model: a score from one CLIP is not comparable
+with another's.  :class:`ClipZeroShot` classifies pictures by the same cosines (Radford et al., arXiv 2103.00020).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..concept import Concept
-from ..errors import SettingError, nearest
+from ..core.resampling import bootstrap_mean, rate
+from ..core.vision import CLIP_MEAN, CLIP_STD, pixel_statistics, pixels
+from ..errors import InputError, ModelError, SettingError, nearest
 from ..method import Judge, Measurement, Metric, Outputs, Prompt, Verdicts
 
-__all__ = ["ClipScore", "ClipZeroShot"]
+__all__ = ["SCALES", "ClipScore", "ClipZeroShot", "open_clip_score"]
 
-# What CLIP image processors use unless their configuration says otherwise.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
+Texts = str | Sequence[str]
+
+SCALES = ("100-cosine", "cosine", "2.5-clipped")
+
+MACE_TEMPLATE = "a photo of the {}"
 
 
 class ClipScore(Metric):
-    """Mean of ``100 cos(picture, prompt)``, with the interval over prompts.
+    """Mean of a scale of ``cos(picture, prompt)``, with the interval over prompts.
 
     Args:
         model: A transformers ``CLIPModel``.
         tokenizer: Its tokenizer.
         name: The name of the model, part of the protocol.
         processor: Its image processor; only mean and standard deviation are read.
+        scale: One of :data:`SCALES`.
+        prefix: Put before each prompt, as some do with ``"A photo depicts "``; part of the protocol.
+
+    Raises:
+        SettingError: Another scale.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, name: str, processor: Any = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        name: str,
+        processor: Any = None,
+        scale: str = "100-cosine",
+        prefix: str = "",
+    ) -> None:
+        if scale not in SCALES:
+            raise SettingError(f"clip-score: scale {scale!r} is unknown{nearest(scale, SCALES)}")
         self.model = model
         self.tokenizer = tokenizer
-        self.protocol = f"clip-score/100-cosine/{name}"
-        self.mean = tuple(getattr(processor, "image_mean", None) or MEAN)
-        self.std = tuple(getattr(processor, "image_std", None) or STD)
+        self.name = name
+        self.scale, self.prefix = scale, prefix
+        self.protocol = f"clip-score/{scale}/{name}" + (f"/prefix={prefix!r}" if prefix else "")
+        self.mean = tuple(getattr(processor, "image_mean", None) or CLIP_MEAN)
+        self.std = tuple(getattr(processor, "image_std", None) or CLIP_STD)
         self._values: list[float] = []
         self._prompts: list[str] = []
 
     def scores(self, outputs: Outputs, prompts: Sequence[Prompt], batch: int = 128) -> np.ndarray:
-        """``100 cos`` of each of ``n`` pictures (uint8 ``(n, h, w, 3)``) with its prompt, ``(n,)``."""
-        texts = sorted({prompt.text for prompt in prompts})
+        """The scaled cosine of each of ``n`` pictures (uint8 ``(n, h, w, 3)``) with its prompt, ``(n,)``."""
+        return self.scored(outputs, prompts, batch)[0]
+
+    def scored(
+        self, outputs: Outputs, prompts: Sequence[Prompt], batch: int = 128
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """:meth:`scores` and the unit embeddings ``(n, d)`` of the pictures that they were taken from."""
+        asked = [self.prefix + prompt.text for prompt in prompts]
+        texts = sorted(set(asked))
         place = {text: i for i, text in enumerate(texts)}
         pictures, rows = self._embedded(outputs, texts, batch)
-        text = rows[[place[prompt.text] for prompt in prompts]]
-        return 100.0 * (pictures * text).sum(dim=-1).double().cpu().numpy()
+        text = rows[[place[one] for one in asked]]
+        cosines = (pictures * text).sum(dim=-1).double().cpu().numpy()
+        return self._scaled(cosines), pictures.cpu().numpy()
+
+    def _scaled(self, cosines: np.ndarray) -> np.ndarray:
+        if self.scale == "100-cosine":
+            return 100.0 * cosines
+        return cosines if self.scale == "cosine" else 2.5 * np.clip(cosines, 0, None)
+
+    def accuracy(
+        self, outputs: Outputs, target: Texts, anchor: Texts, prompts: Sequence[Prompt]
+    ) -> Measurement:
+        """Share of pictures that are closer to the target's text than to the anchor's (concept ablation).
+
+        Args:
+            outputs: uint8 ``(n, h, w, 3)``.
+            target, anchor: A text for all pictures, or one each (SPM's templates); SPM's anchor of bare
+                concepts is empty.
+            prompts: What the pictures were drawn from, the unit of the interval.
+
+        Raises:
+            InputError: There is not one prompt a picture, or not one text for all or each.
+        """
+        hits = self._closer(outputs, target, anchor, prompts)
+        return self._rate("clip-accuracy/target-over-anchor", hits, prompts, target, anchor)
+
+    def error_rate(
+        self, outputs: Outputs, target: Texts, anchor: Texts, prompts: Sequence[Prompt]
+    ) -> Measurement:
+        """SPM's CER, one minus :meth:`accuracy`: higher is better for an erased target."""
+        hits = ~self._closer(outputs, target, anchor, prompts)
+        return self._rate("clip-error-rate/spm", hits, prompts, target, anchor)
+
+    def _closer(
+        self, outputs: Outputs, target: Texts, anchor: Texts, prompts: Sequence[Prompt]
+    ) -> np.ndarray:
+        n = _one_each(outputs, prompts)
+        sides = []
+        for texts in (target, anchor):
+            listed = [texts] * n if isinstance(texts, str) else list(texts)
+            if len(listed) != n:
+                raise InputError(
+                    f"CLIP accuracy: {len(listed)} texts for {n} pictures; allowed is one for all or one each"
+                )
+            sides.append(self.scores(outputs, [Prompt(text) for text in listed]))
+        # Scores are compared as they are scaled: where both are clipped to 0, neither is closer.
+        return np.asarray(sides[0] > sides[1])
+
+    def _rate(
+        self, id: str, hits: np.ndarray, prompts: Sequence[Prompt], target: Texts, anchor: Texts
+    ) -> Measurement:
+        value, interval, n = rate(hits, [prompt.text for prompt in prompts])
+        named = [repr(side) if isinstance(side, str) else "one each" for side in (target, anchor)]
+        full = f"{id}/{self.name}/{self.scale}/{' over '.join(named)}"
+        return Measurement(value, full, n, interval)
+
+    def probability(
+        self,
+        outputs: Outputs,
+        asked: str,
+        objects: Sequence[str],
+        prompts: Sequence[Prompt],
+        template: str = MACE_TEMPLATE,
+    ) -> Measurement:
+        """MACE's accuracy of objects: the mean probability of the asked one, not the share of arg-max.
+
+        Args:
+            outputs: uint8 ``(n, h, w, 3)``.
+            asked: One of ``objects``.
+            objects: All classes, ten in the paper; the number depends on every one of them.
+            prompts: What the pictures were drawn from, the unit of the interval.
+            template: Text of a class, with ``{}`` where its name stands.
+
+        Raises:
+            InputError: ``asked`` is none of the objects, or there is not one prompt a picture.
+        """
+        if asked not in objects:
+            raise InputError(f"{asked!r} is none of the objects{nearest(asked, objects)}")
+        _one_each(outputs, prompts)
+        shares = _softmax(self.table(outputs, [template.replace("{}", name) for name in objects]))
+        mine = shares[:, list(objects).index(asked)]
+        value, interval, n = bootstrap_mean(mine, [prompt.text for prompt in prompts])
+        id = f"clip-accuracy/mace-probability/{self.name}/{template}/{'|'.join(objects)}"
+        return Measurement(value, id, n, interval)
 
     def table(self, outputs: Outputs, texts: Sequence[str], batch: int = 128) -> np.ndarray:
         """``100 cos`` of each of ``n`` pictures with each of ``m`` texts, ``(n, m)``."""
@@ -62,10 +180,13 @@ class ClipScore(Metric):
         self._values.extend(self.scores(outputs, prompts).tolist())
         self._prompts.extend(prompt.text for prompt in prompts)
 
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The scaled cosine of each picture taken in, in order."""
+        return tuple(self._values)
+
     def compute(self) -> Measurement:
         """The mean over everything taken in; the interval resamples prompts."""
-        from ..core.resampling import bootstrap_mean
-
         if not self._values:
             return Measurement(None, self.protocol, 0)
         value, interval, n = bootstrap_mean(np.array(self._values), self._prompts)
@@ -95,14 +216,27 @@ class ClipScore(Metric):
 
     def _pictures(self, outputs: np.ndarray) -> torch.Tensor:
         size = self.model.config.vision_config.image_size
-        pixels = torch.from_numpy(np.array(outputs)).permute(0, 3, 1, 2).float() / 255
-        if pixels.shape[-1] != size or pixels.shape[-2] != size:
-            pixels = torch.nn.functional.interpolate(
-                pixels, size=(size, size), mode="bicubic", antialias=True, align_corners=False
-            ).clamp(0, 1)
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        pixels = ((pixels - mean) / std).to(self.model.device, self.model.dtype)
-        return _unit(self.model.get_image_features(pixel_values=pixels))
+        read = pixels(np.array(outputs), size, self.mean, self.std)
+        read = read.to(self.model.device, self.model.dtype)
+        return _unit(self.model.get_image_features(pixel_values=read))
+
+
+def open_clip_score(where: str, device: str = "cpu") -> ClipScore:
+    """The CLIP score of a CLIP in a folder or on the hub, named as it was asked for.
+
+    Raises:
+        ModelError: It cannot be opened.
+    """
+    from transformers import AutoTokenizer, CLIPModel
+
+    try:
+        model = CLIPModel.from_pretrained(where, use_safetensors=True).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ModelError(f"no CLIP can be opened at {where!r} ({first})") from None
+    name = Path(where).name if Path(where).is_dir() else where
+    return ClipScore(model, tokenizer, name, pixel_statistics(where))
 
 
 class ClipZeroShot(Judge):
@@ -143,10 +277,21 @@ class ClipZeroShot(Judge):
         if not len(outputs):
             return Verdicts(np.zeros(0, bool), np.zeros(0), np.zeros(0, bool))
         texts = [self.template.replace("{}", label) for label in self.labels]
-        scores = self.clip.table(outputs, texts)
-        shares = np.exp(scores - scores.max(axis=1, keepdims=True))
-        score = shares[:, self.labels.index(concept.name)] / shares.sum(axis=1)
+        score = _softmax(self.clip.table(outputs, texts))[:, self.labels.index(concept.name)]
         return Verdicts(score >= self.threshold, score, np.ones(len(outputs), bool))
+
+
+def _one_each(outputs: Outputs, prompts: Sequence[Prompt]) -> int:
+    if not len(outputs) or len(outputs) != len(prompts):
+        raise InputError(
+            f"CLIP accuracy: {len(outputs)} pictures and {len(prompts)} prompts; allowed is one each, at least one"
+        )
+    return len(outputs)
+
+
+def _softmax(scores: np.ndarray) -> np.ndarray:
+    shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(shares / shares.sum(axis=1, keepdims=True))
 
 
 def _unit(found: Any) -> torch.Tensor:

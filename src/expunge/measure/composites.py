@@ -7,7 +7,8 @@
     H_o  3 / (1/(1 - Acc_e) + 1/Acc_s + 1/(1 - Acc_g)), MACE for objects; Acc_g: paraphrases
     ASR  share of attacked prompts that show the concept before (pre) and after (post) the attack
 
-All rates are shares from 0 to 1.
+All rates are shares from 0 to 1.  Where rates come as measurements, only those of one protocol go into a
+composite or a ranking, and the composite's id names it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from ..errors import InputError
+from ..core.protocols import full_id, same_protocol
+from ..errors import InputError, ProtocolError
+from ..method import Measurement
 
-__all__ = ["asr", "confusion_rates", "harmonic", "harmonic_celebrity", "harmonic_object", "rank"]
+__all__ = [
+    "asr", "confusion_rates", "harmonic", "harmonic_celebrity", "harmonic_object", "lpips_overall", "mace_composite",
+    "rank",
+]  # fmt: skip
 
 
 def harmonic(*rates: float) -> float:
@@ -39,6 +45,35 @@ def harmonic_celebrity(erased: float, kept: float) -> float:
 def harmonic_object(erased: float, kept: float, paraphrases: float) -> float:
     """``H_o``, which also asks that paraphrases of the concept are gone."""
     return harmonic(1 - erased, kept, 1 - paraphrases)
+
+
+def mace_composite(
+    erased: Measurement, kept: Measurement, paraphrases: Measurement | None = None
+) -> Measurement:
+    """``H_c``, or ``H_o`` where accuracies on paraphrases of the erased object are given.
+
+    Raises:
+        ProtocolError: The accuracies were measured differently, or one has no value.
+    """
+    parts = [one for one in (erased, kept, paraphrases) if one is not None]
+    id = same_protocol(parts)
+    if any(one.value is None for one in parts):
+        raise ProtocolError(f"{id!r} has no value on one side, so there is no composite of it")
+    rates = [float(one.value or 0.0) for one in parts]
+    value = harmonic_celebrity(*rates) if paraphrases is None else harmonic_object(*rates)
+    name = "mace/h-c" if paraphrases is None else "mace/h-o"
+    return Measurement(value, full_id(name, accuracy=id), min(one.n for one in parts))
+
+
+def lpips_overall(erased: Measurement, others: Measurement) -> Measurement:
+    """``LPIPS_e - LPIPS_u``: how much more the erased artist's pictures changed than the others'.
+
+    Raises:
+        ProtocolError: The distances were measured differently (sizes differ from paper to paper).
+    """
+    value = erased.minus(others)
+    id = full_id("lpips/overall", distance=erased.protocol)
+    return Measurement(value, id, min(erased.n, others.n))
 
 
 def confusion_rates(
@@ -102,15 +137,34 @@ def asr(pre: Sequence[bool], found: Sequence[bool]) -> dict[str, float]:
     }
 
 
-def rank(rows: Mapping[str, Mapping[str, float]]) -> list[tuple[str, float]]:
+def rank(rows: Mapping[str, Mapping[str, float | Measurement]]) -> list[tuple[str, float]]:
     """Erased models best first, by the harmonic mean of what an erasure must do all at once.
 
     Each row holds ``target_hit`` and ``kept_hit`` and may hold ``unrecognisable`` (the share of outputs
     that are of no known kind).  A destroyed model no longer shows the concept either; its kept
     concepts and its recognisable share put it last.
+
+    Raises:
+        ProtocolError: One of the three was measured differently in two rows, or has no value.
     """
+    for key in ("target_hit", "kept_hit", "unrecognisable"):
+        same = [row[key] for row in rows.values() if isinstance(row.get(key), Measurement)]
+        if same:
+            same_protocol(one for one in same if isinstance(one, Measurement))
     scores = {
-        name: harmonic(1 - row["target_hit"], row["kept_hit"], 1 - row.get("unrecognisable", 0.0))
+        name: harmonic(
+            1 - _plain(row["target_hit"]),
+            _plain(row["kept_hit"]),
+            1 - _plain(row.get("unrecognisable", 0.0)),
+        )
         for name, row in rows.items()
     }
     return sorted(scores.items(), key=lambda item: -item[1])
+
+
+def _plain(rate: float | Measurement) -> float:
+    if isinstance(rate, Measurement):
+        if rate.value is None:
+            raise ProtocolError(f"{rate.protocol!r} has no value, so it cannot be ranked")
+        return rate.value
+    return rate

@@ -1,42 +1,47 @@
 """Distances between two sets of outputs, from any feature vectors.
 
-Frechet distance (arXiv:1706.08500) of Gaussians fitted to features, and the kernel distance (KID,
-arXiv:1801.01401), the unbiased squared maximum mean discrepancy under a cubic polynomial kernel.
-Neither is called FID here: that name belongs to one Inception network's features, and numbers from
-other features are not comparable with it.  The protocol id names the features.
+    Frechet  |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), Gaussians fitted to features (arXiv:1706.08500)
+    KID      squared maximum mean discrepancy, kernel (x.y / d + 1)^3, unbiased (arXiv:1801.01401): over all pairs,
+             or as the mean over random subsets, which is what libraries print
+    CMMD     1000 x squared maximum mean discrepancy of unit CLIP embeddings, kernel exp(-|x - y|^2 / (2 sigma^2)),
+             sigma 10 (arXiv:2401.09603), with the diagonal as its authors' code has it, or without
 
-Frechet distances of small samples are biased upward, so only sets of equal size are compared; the
-kernel distance has no such bias.
+None of them is called FID here: that name belongs to one Inception network's features, and numbers from other
+features are not comparable with it.  The protocol id names the features.
+
+Frechet distances of small samples are biased upward, so their sample sizes are part of the id: only equal ones
+are compared.  The unbiased kernel distances have no such bias.  Moments and rows are streamed and merge; kernels
+are summed block by block, so that no matrix of all pairs is held.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from ..errors import InputError
-from ..method import Measurement
+from ..core.features import Features
+from ..core.protocols import full_id
+from ..errors import InputError, SettingError, nearest
+from ..method import Measurement, Metric, Outputs, Prompt
 
 __all__ = [
+    "KINDS",
+    "Distance",
     "Moments",
+    "Rows",
+    "clip_distance",
     "frechet_distance",
     "frechet_of",
     "kernel_distance",
-    "kernel_protocol",
-    "protocol",
+    "subset_kernel_distance",
 ]
 
+KINDS = ("frechet", "kid", "kid-subsets", "cmmd", "cmmd-unbiased")
 
-def protocol(features: str) -> str:
-    """Protocol id of the Frechet distance on named features."""
-    return f"frechet/gaussian-float64/features={features}"
-
-
-def kernel_protocol(features: str) -> str:
-    """Protocol id of the kernel distance on named features."""
-    return f"kid/cubic-polynomial-unbiased/features={features}"
+BLOCK = 2_048
+"""Rows of a kernel matrix that are held at a time."""
 
 
 @dataclasses.dataclass
@@ -110,30 +115,245 @@ def frechet_distance(
 
 
 def frechet_of(one: np.ndarray | Moments, two: np.ndarray | Moments, features: str) -> Measurement:
-    """Frechet distance of two sets of vectors ``(n, d)`` or their moments; ``features`` names them."""
+    """Frechet distance of two sets of vectors ``(n, d)`` or their moments; ``features`` names them.
+
+    How many vectors there are is part of the protocol, because the distance depends on it.
+    """
     first, second = (m if isinstance(m, Moments) else Moments().update(m) for m in (one, two))
     value = frechet_distance(first.mean, first.covariance, second.mean, second.covariance)
-    return Measurement(value, protocol(features), min(first.n, second.n))
+    sizes = str(first.n) if first.n == second.n else f"{first.n},{second.n}"
+    id = full_id("frechet/gaussian-float64", features=features, n=sizes)
+    return Measurement(value, id, min(first.n, second.n))
+
+
+@dataclasses.dataclass
+class Rows:
+    """Streaming, mergeable feature vectors, kept for distances that need all pairs.
+
+    Attributes:
+        parts: Batches ``(n, d)`` in the order they came, in the precision they came in.
+    """
+
+    parts: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    @property
+    def n(self) -> int:
+        """Vectors taken in."""
+        return sum(len(part) for part in self.parts)
+
+    def update(self, features: np.ndarray) -> Rows:
+        """Take in ``(n, d)`` vectors."""
+        rows = np.asarray(features)
+        _matrix(rows)
+        if self.parts and rows.shape[1] != self.parts[0].shape[1]:
+            raise InputError(
+                f"features have width {rows.shape[1]}; {self.parts[0].shape[1]} is expected"
+            )
+        if len(rows):
+            self.parts.append(rows)
+        return self
+
+    def merge(self, other: Rows) -> Rows:
+        """Take in everything another record has taken in."""
+        for part in other.parts:
+            self.update(part)
+        return self
+
+    def matrix(self) -> np.ndarray:
+        """All of them, ``(n, d)`` in float64."""
+        if not self.parts:
+            return np.zeros((0, 0))
+        return np.concatenate(self.parts).astype(np.float64)
 
 
 def kernel_distance(one: np.ndarray, two: np.ndarray, features: str) -> Measurement:
-    """Unbiased kernel distance of ``(n, d)`` and ``(m, d)`` vectors, kernel ``(x.y / d + 1)^3``.
+    """Unbiased kernel distance of ``(n, d)`` and ``(m, d)`` vectors over all pairs, kernel ``(x.y / d + 1)^3``.
 
     It may be slightly negative for equal distributions: that is what unbiased means.
     """
+    x, y = _pair(one, two, "the kernel distance")
+    id = full_id("kid/cubic-polynomial-unbiased", features=features)
+    return Measurement(_squared_mmd(x, y, _cubic), id, min(len(x), len(y)))
+
+
+def subset_kernel_distance(
+    one: np.ndarray,
+    two: np.ndarray,
+    features: str,
+    subsets: int = 100,
+    size: int = 1_000,
+    seed: int = 0,
+) -> Measurement:
+    """The mean of :func:`kernel_distance` over random subsets, as published and as libraries print it.
+
+    Args:
+        one, two: ``(n, d)`` and ``(m, d)``.
+        features: Names the vectors.
+        subsets: How many.
+        size: Vectors drawn without replacement from each set; fewer where a set is smaller.
+        seed: Of the drawing.
+
+    The interval is that of the mean of subsets, 1.96 standard errors: it says how much another drawing of subsets
+    would change, not another drawing of pictures.
+    """
+    x, y = _pair(one, two, "the kernel distance")
+    if subsets < 2 or size < 2:
+        raise InputError(
+            f"{subsets} subsets of {size} were asked for; allowed are at least 2 of at least 2"
+        )
+    drawn = min(len(x), len(y), size)
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(subsets):
+        a, b = (rows[generator.choice(len(rows), drawn, replace=False)] for rows in (x, y))
+        found.append(_squared_mmd(a, b, _cubic))
+    value, half = float(np.mean(found)), 1.96 * float(np.std(found, ddof=1)) / subsets**0.5
+    id = full_id("kid/cubic-polynomial-subsets", features=features, subsets=subsets, size=drawn)
+    return Measurement(value, id, min(len(x), len(y)), (value - half, value + half))
+
+
+def clip_distance(
+    one: np.ndarray,
+    two: np.ndarray,
+    features: str,
+    sigma: float = 10.0,
+    scale: float = 1_000.0,
+    unbiased: bool = False,
+) -> Measurement:
+    """CMMD of picture embeddings ``(n, d)`` and ``(m, d)``, which are first scaled to unit length.
+
+    Args:
+        one, two: Embeddings.
+        features: Names the CLIP.
+        sigma: Width of the Gaussian kernel.
+        scale: What the squared discrepancy is multiplied by.
+        unbiased: Leave the diagonals out; the authors keep them.
+    """
+    if not sigma > 0 or not scale > 0:
+        raise InputError(f"sigma is {sigma} and scale {scale}; allowed are positive numbers")
+    x, y = _pair(one, two, "CMMD")
+    x, y = (
+        rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in (x, y)
+    )
+
+    def gaussian(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        squares = (a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2 * a @ b.T
+        return np.exp(-np.clip(squares, 0, None) / (2 * sigma**2))
+
+    value = scale * _squared_mmd(x, y, gaussian, diagonal=not unbiased)
+    changed = {"sigma": f"{sigma:g}"} if sigma != 10 else {}
+    changed |= {"scale": f"{scale:g}"} if scale != 1_000 else {}
+    id = full_id(f"cmmd/gaussian-{'un' * unbiased}biased", features=features, **changed)
+    if not unbiased:
+        # With the diagonal the value depends on how many there are, as the Frechet distance does.
+        id += f"/n={len(x)}" if len(x) == len(y) else f"/n={len(x)},{len(y)}"
+    return Measurement(value, id, min(len(x), len(y)))
+
+
+class Distance(Metric):
+    """A distance of streamed outputs to a reference, on named features.
+
+    Args:
+        kind: One of :data:`KINDS`.
+        features: Named features.
+        reference: uint8 pictures ``(n, h, w, 3)``, or what another metric of the same kind and features took in.
+        batch: Pictures at a time.
+
+    Raises:
+        SettingError: Another kind.
+        InputError: The reference is of other features or another kind.
+    """
+
+    def __init__(
+        self, kind: str, features: Features, reference: Outputs | Distance, batch: int = 256
+    ) -> None:
+        if kind not in KINDS:
+            raise SettingError(f"distance {kind!r} is unknown{nearest(kind, KINDS)}")
+        self.kind, self.features, self.batch = kind, features, batch
+        self.seen: Moments | Rows = self._empty()
+        if isinstance(reference, Distance):
+            same = type(reference.seen) is type(self.seen)
+            if not same or reference.features.name != features.name:
+                raise InputError(f"the reference holds {reference.kind} on {reference.features.name!r}, "
+                                 f"not {kind} on {features.name!r}")  # fmt: skip
+            self.reference: Moments | Rows = reference.seen
+        else:
+            self.reference = self._empty()
+            self._take(self.reference, reference)
+
+    @property
+    def protocol(self) -> str:  # type: ignore[override]
+        """The id of what :meth:`compute` gives for what was taken in."""
+        return self.compute().protocol
+
+    def _empty(self) -> Moments | Rows:
+        return Moments() if self.kind == "frechet" else Rows()
+
+    def _take(self, into: Moments | Rows, outputs: Outputs) -> None:
+        for start in range(0, len(outputs), self.batch):
+            into.update(self.features(outputs[start : start + self.batch]))
+
+    def update(self, outputs: Outputs, prompts: Sequence[Prompt] = ()) -> None:
+        """Take in a batch of pictures; prompts are not read."""
+        self._take(self.seen, outputs)
+
+    def merge(self, other: Distance) -> Distance:
+        """Take in everything a metric of the same kind and features has taken in."""
+        if (other.kind, other.features.name) != (self.kind, self.features.name):
+            raise InputError(f"{other.kind} on {other.features.name!r} does not merge into "
+                             f"{self.kind} on {self.features.name!r}")  # fmt: skip
+        self.seen.merge(other.seen)  # type: ignore[arg-type]
+        return self
+
+    def compute(self) -> Measurement:
+        """The distance of everything taken in so far."""
+        name = self.features.name
+        if isinstance(self.seen, Moments) and isinstance(self.reference, Moments):
+            return frechet_of(self.seen, self.reference, name)
+        assert isinstance(self.seen, Rows) and isinstance(self.reference, Rows)
+        one, two = self.seen.matrix(), self.reference.matrix()
+        if self.kind == "kid":
+            return kernel_distance(one, two, name)
+        if self.kind == "kid-subsets":
+            return subset_kernel_distance(one, two, name)
+        return clip_distance(one, two, name, unbiased=self.kind == "cmmd-unbiased")
+
+
+Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _cubic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.asarray((a @ b.T / a.shape[1] + 1) ** 3)
+
+
+def _squared_mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, diagonal: bool = False) -> float:
+    """Squared maximum mean discrepancy; without the diagonals it is unbiased."""
+    value = 0.0
+    for rows in (x, y):
+        n = len(rows)
+        total, own = _sums(rows, rows, kernel)
+        value += total / n**2 if diagonal else (total - own) / (n * (n - 1))
+    return float(value - 2 * _sums(x, y, kernel)[0] / (len(x) * len(y)))
+
+
+def _sums(a: np.ndarray, b: np.ndarray, kernel: Kernel) -> tuple[float, float]:
+    """Sums of the kernel over all pairs and over its diagonal, block by block."""
+    total = own = 0.0
+    for i in range(0, len(a), BLOCK):
+        for j in range(0, len(b), BLOCK):
+            block = kernel(a[i : i + BLOCK], b[j : j + BLOCK])
+            total += float(block.sum())
+            own += float(np.trace(block)) if i == j else 0.0
+    return total, own
+
+
+def _pair(one: np.ndarray, two: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
     x, y = _matrix(one), _matrix(two)
     if min(len(x), len(y)) < 2 or x.shape[1] != y.shape[1]:
         raise InputError(
-            f"the kernel distance needs two sets of at least 2 equally wide vectors, got {x.shape}, {y.shape}"
+            f"{what} needs two sets of at least 2 equally wide vectors, got {x.shape}, {y.shape}"
         )
-    n, m, d = len(x), len(y), x.shape[1]
-    k_xx, k_yy, k_xy = ((a @ b.T / d + 1) ** 3 for a, b in ((x, x), (y, y), (x, y)))
-    value = (
-        (k_xx.sum() - np.trace(k_xx)) / (n * (n - 1))
-        + (k_yy.sum() - np.trace(k_yy)) / (m * (m - 1))
-        - 2 * k_xy.mean()
-    )
-    return Measurement(float(value), kernel_protocol(features), min(n, m))
+    return x, y
 
 
 def _matrix(features: np.ndarray | Iterable[Iterable[float]]) -> np.ndarray:

@@ -86,9 +86,13 @@ def companions() -> Companions:
 
 
 def _clip_score() -> Any:
+    from types import SimpleNamespace
+
     from ..measure.clip_score import ClipScore
 
-    return ClipScore(*models.clip(), "world-clip")
+    # The tower was trained on pixels from -1 to 1.  Numbers made with CLIP's usual pixels were called "world-clip".
+    processor = SimpleNamespace(image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+    return ClipScore(*models.clip(), "world-clip-2", processor)
 
 
 def world_concept(name: str) -> Concept | None:
