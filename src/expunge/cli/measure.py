@@ -87,17 +87,17 @@ def measure(
 
 def _show(rows: Mapping[str, Measurement]) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("metric", "value", "95 % interval", "n", "protocol"):
-        table.add_column(name, overflow="fold")
+    for name in ("metric", "value", "95 % interval", "n"):
+        table.add_column(name, no_wrap=True)
     for name, one in rows.items():
         value = "-" if one.value is None else f"{one.value:.5g}"
         span = "-" if one.interval is None else f"{one.interval[0]:.4g} to {one.interval[1]:.4g}"
-        table.add_row(name, value, span, str(one.n), escape(one.protocol))
+        table.add_row(name, value, span, str(one.n))
     Console().print(table)
+    print("\n".join(one.protocol for one in rows.values()))
 
 
 class _Work:
@@ -267,9 +267,7 @@ class _Work:
             units = [prompt.text for prompt in prompts_of(units, self.prompts)]
         made = count(name, [seen[one] for one in self.pictures.names], units)
         self._keep(name, made.values, units)
-        narrow = (
-            {} if made.narrow is None else {f"{name}, without feet, belly, armpits": made.narrow}
-        )
+        narrow = {} if made.narrow is None else {f"{name}, narrow": made.narrow}
         return {name: made.all, **narrow}
 
     # -- what is opened ----------------------------------------------------------------------------

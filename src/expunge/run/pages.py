@@ -6,7 +6,8 @@ A page is written by hand except for what stands between two markers, as in
     <!-- settings: end -->
 
 Settings and presets come from the methods' classes, claims from ``results/`` (:mod:`.results`), the
-benchmarks from ``results/benchmarks``, the comparison from ``results/comparison``.
+benchmarks from ``results/benchmarks``, the comparison from ``results/comparison``, the table of metrics from
+``core/protocols.toml``.
 ``python -m expunge.run.status`` rewrites all of it; a test compares the committed pages with
 :func:`render`, so a stale page is noticed.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import catalogue
+from ..core import protocols
 from ..edit.files import atomic_write
 from ..errors import RunError
 from ..method import BUDGETS
@@ -352,6 +354,7 @@ def render(docs: Path) -> dict[Path, str]:
         docs / "README.md": {"index": index()},
         docs / "results.md": {"results": every_claim(), "benchmarks": benchmarks()},
         docs / "comparison.md": comparison.parts(),
+        docs / "metrics.md": {"protocols": protocols.markdown()},
     }
     for system in systems():
         cls = catalogue.resolve(system.id)
