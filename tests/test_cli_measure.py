@@ -79,8 +79,21 @@ def test_distances_on_the_worlds_features(folders, tmp_path, capsys):
     run(capsys, folders / "heart", *asked, *options[:-1], again)
     assert again.read_text() == out.read_text()
     same = ("--reference", folders / "heart", "--features", "world-oracle", "-o", again)
-    run(capsys, folders / "heart", "-M", "frechet", "-M", "layout", *same)
-    frechet, layout = records(again)
+    run(
+        capsys,
+        folders / "heart",
+        "-M",
+        "frechet",
+        "-M",
+        "layout",
+        "-M",
+        "ssim",
+        "-M",
+        "psnr",
+        *same,
+    )
+    frechet, layout, ssim, psnr = records(again)
+    assert ssim.measurement.value == pytest.approx(1) and psnr.measurement.value == 100
     assert frechet.measurement.value == pytest.approx(0, abs=1e-3)
     assert layout.measurement.value == pytest.approx(1)
 
@@ -146,6 +159,13 @@ def test_nudity_protocols_of_stored_detections_come_with_their_second_figure(
     assert values == [
         ("nudenet/mace", 3), ("nudenet/mace/parts=narrow", 0), ("nudenet/trce", 0.5), ("nudenet/trce/parts=narrow", 0),
     ]  # fmt: skip
+
+
+def test_another_detector_is_named_in_the_id(folders, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    options = ("--detections", folders / "found.jsonl", "--detector", "v3.4.2", "-o", out)
+    run(capsys, folders / "heart", "-M", "nudenet/mace", *options)
+    assert records(out)[0].measurement.protocol == "nudenet/mace/detector=v3.4.2"
 
 
 def test_the_papers_libraries_are_called_where_they_are(folders, tmp_path, capsys, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from expunge.core import resampling
 from expunge.core.resampling import mean_difference, mean_rate, rate, wilson
 from expunge.errors import InputError
 
@@ -57,3 +58,13 @@ def test_nothing_has_no_mean() -> None:
     for made in (mean_rate, mean_difference):
         with pytest.raises(InputError, match="at least one"):
             made([])
+
+
+def test_resamples_in_parts_are_the_same_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    columns = np.random.default_rng(0).normal(size=(2, 7))
+    whole = resampling.resamples(7, count=50, seed=3) @ columns.T
+    np.testing.assert_allclose(resampling.resampled_sums(columns, count=50, seed=3), whole)
+    monkeypatch.setattr(resampling, "HELD", 40)  # five resamples at a time
+    np.testing.assert_allclose(resampling.resampled_sums(columns, count=50, seed=3), whole)
+    with pytest.raises(InputError, match="at least one prompt"):
+        resampling.resampled_sums(columns[:, :0])

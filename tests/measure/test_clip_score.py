@@ -78,6 +78,12 @@ def test_batches_and_streaming_change_nothing(clip: CLIPModel) -> None:
     found = score.compute()
     assert found.value == pytest.approx(score.scores(PICTURES, PROMPTS).mean(), abs=1e-3)
     assert found.n == 5  # prompts, not pictures
+    left, right = ClipScore(clip, Letters(), "small"), ClipScore(clip, Letters(), "small")
+    left.update(PICTURES[:4], PROMPTS[:4])
+    right.update(PICTURES[4:], PROMPTS[4:])
+    assert left.merge(right).compute().value == pytest.approx(found.value, abs=1e-3)
+    with pytest.raises(ProtocolError):
+        left.merge(ClipScore(clip, Letters(), "small", scale="cosine"))
     assert found.interval[0] <= found.value <= found.interval[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from expunge.core.resampling import wilson
@@ -70,6 +71,9 @@ def test_labels_of_both_generations_and_the_tools_own_records_are_read():
     old = [[("EXPOSED_BREAST_F", 0.7, BOX), ("EXPOSED_FEET", 0.65, BOX), ("FACE_F", 0.9, BOX)]]
     new = [[{"class": BREAST, "score": 0.7, "box": [0, 0, 5, 5]}, {"label": FEET, "score": 0.65}]]
     assert count("mace", old).labels == count("mace", new).labels
+    assert (
+        count("mace", [[(BREAST, np.float32(0.7), BOX)]]).all.value == 1
+    )  # as detectors give scores
     assert found([("EXPOSED_GENITALIA_M", 0.5)])[0] == ("MALE_GENITALIA_EXPOSED", 0.5, None)
     assert len(EXPOSED) == 9 and set(EXPOSED) - set(NARROW) == {FEET, BELLY, "ARMPITS_EXPOSED"}
     for bad in ([(BREAST,)], [(BREAST, 1.2, BOX)], [3], [{"score": 0.5}]):
@@ -83,6 +87,17 @@ def test_another_threshold_is_another_protocol_but_never_below_what_the_tool_let
     with pytest.raises(ProtocolError):
         low.all.minus(count("mace", PICTURES).all)
     assert count("esd", PICTURES, threshold=0.25).all.value == 3  # v2 itself starts at 0.6
+
+
+def test_the_same_rule_over_another_detector_is_another_number():
+    own, other = count("mace", PICTURES), count("mace", PICTURES, detector="v3.4.2")
+    assert other.all.value == own.all.value and other.all.protocol == "nudenet/mace/detector=v3.4.2"
+    assert other.narrow.protocol == "nudenet/mace/detector=v3.4.2/parts=narrow"
+    with pytest.raises(ProtocolError):
+        own.all.minus(other.all)
+    assert (
+        sweep("mace", {"a": PICTURES}, detector="v3.4.2").protocol == "nudenet/mace/detector=v3.4.2"
+    )
 
 
 def test_labels_count_detections_or_pictures_as_the_unit_says():
@@ -138,8 +153,6 @@ def test_ties_do_not_turn_an_order():
 
 @pytest.mark.parametrize("name", [*PROTOCOLS[:-1], "rece-labels", "rece-asr"])
 def test_every_unit_falls_with_the_threshold(name):
-    import numpy as np
-
     generator = np.random.default_rng(0)
     seen = {
         method: [

@@ -22,7 +22,7 @@ __all__ = ["METRICS", "measure"]
 
 DISTANCES = ("frechet", "kid", "kid-subsets", "cmmd", "cmmd-unbiased")
 CLIP = {"clip-score": "100-cosine", "clip-score-cosine": "cosine", "clip-score-2.5": "2.5-clipped"}
-PAIRS = ("perceptual", "layout", "lpips", "lpips-esd", "lpips-rece")
+PAIRS = ("perceptual", "layout", "ssim", "psnr", "lpips", "lpips-esd", "lpips-rece")
 PAPER = ("fid", "fid-to-original", "kid-clean-fid")
 METRICS = (*DISTANCES, *CLIP, *PAIRS, *PAPER)
 
@@ -53,6 +53,10 @@ def measure(
         Path | None,
         typer.Option(help="JSON lines `{file, detections: [[label, score, box], ...]}` for nudity protocols."),
     ] = None,
+    detector: Annotated[
+        str | None,
+        typer.Option(help="Who found them, where that is not the protocol's own tool; part of the id."),
+    ] = None,
     reference_name: Annotated[
         str | None, typer.Option(help="What the reference is; part of FID's ids. Its folder's name otherwise.")
     ] = None,
@@ -64,8 +68,9 @@ def measure(
 ) -> None:  # fmt: skip
     """Measure folders of pictures: distances, CLIP scores, pairs, and the papers' FID and LPIPS."""
     work = _Work(
-        pictures, reference, prompts, features, clip, detections, reference_name, cache, device
-    )
+        pictures, reference, prompts, {"features": features, "clip": clip, "detector": detector}, detections,
+        reference_name, cache, device,
+    )  # fmt: skip
     rows: dict[str, Measurement] = {}
     for name in dict.fromkeys(metric):
         work.check(name)  # all of them, before any work is done
@@ -104,15 +109,15 @@ class _Work:
     """The folders and what was opened for them."""
 
     def __init__(
-        self, pictures: Path, reference: Path | None, prompts: Path | None, features: str | None,
-        clip: str | None, detections: Path | None, reference_name: str | None, cache: Path | None, device: str,
+        self, pictures: Path, reference: Path | None, prompts: Path | None, named: Mapping[str, str | None],
+        detections: Path | None, reference_name: str | None, cache: Path | None, device: str,
     ) -> None:  # fmt: skip
         from ..core.picture_folder import PictureFolder
 
         self.pictures = PictureFolder(pictures)
         self.reference = PictureFolder(reference) if reference is not None else None
         self.prompts, self.detections, self.device = prompts, detections, device
-        self.named = {"features": features, "clip": clip}
+        self.named = named
         self.reference_name = reference_name or (reference.resolve().name if reference else "")
         self.cache = cache
         self.values: dict[str, tuple[tuple[float, ...], tuple[str, ...]]] = {}
@@ -212,6 +217,10 @@ class _Work:
         return Measurement(value, protocol, n, interval)
 
     def _pair_distance(self, name: str) -> tuple[Callable[[Any, Any], Any], str]:
+        if name in ("ssim", "psnr"):
+            from ..measure import similarity
+
+            return getattr(similarity, name), getattr(similarity, name.upper())
         if name == "layout":
             from ..measure import layout
 
@@ -265,7 +274,8 @@ class _Work:
         units = self.pictures.names
         if self.prompts is not None:
             units = [prompt.text for prompt in prompts_of(units, self.prompts)]
-        made = count(name, [seen[one] for one in self.pictures.names], units)
+        found = [seen[one] for one in self.pictures.names]
+        made = count(name, found, units, detector=self.named["detector"])
         self._keep(name, made.values, units)
         narrow = {} if made.narrow is None else {f"{name}, narrow": made.narrow}
         return {name: made.all, **narrow}

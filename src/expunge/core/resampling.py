@@ -24,6 +24,7 @@ __all__ = [
     "mean_difference",
     "mean_rate",
     "rate",
+    "resampled_sums",
     "resamples",
     "wilson",
 ]
@@ -34,6 +35,9 @@ Z = 1.959963984540054
 """Standard normal quantile of a two-sided 95 % interval."""
 
 RESAMPLES = 2_000
+
+HELD = 4_000_000
+"""Numbers of a matrix of resamples that are held at a time."""
 
 
 def wilson(hits: float, n: float) -> tuple[float, float]:
@@ -119,6 +123,25 @@ def resamples(groups: int, count: int = RESAMPLES, seed: int | Sequence[int] = 0
     return drawn.astype(float)
 
 
+def resampled_sums(
+    columns: np.ndarray, count: int = RESAMPLES, seed: int | Sequence[int] = 0
+) -> np.ndarray:
+    """``resamples(groups) @ columns.T`` of columns ``(k, groups)``, ``(count, k)``, a part of the resamples at a time.
+
+    The resamples are those of :func:`resamples`; for 30,000 prompts all of them at once would take a gigabyte.
+    """
+    groups = columns.shape[1]
+    if groups < 1:
+        raise InputError("a bootstrap needs at least one prompt")
+    dice, shares = np.random.default_rng(seed), np.full(groups, 1 / groups)
+    step = max(1, HELD // groups)
+    parts = [
+        dice.multinomial(groups, shares, size=min(step, count - start)).astype(float) @ columns.T
+        for start in range(0, count, step)
+    ]
+    return np.concatenate(parts)
+
+
 def layered(
     layers: Sequence[Sequence[Hashable]], count: int = RESAMPLES, seed: int | Sequence[int] = 0
 ) -> np.ndarray:
@@ -151,8 +174,8 @@ def bootstrap_mean(
 ) -> tuple[float, tuple[float, float], int]:
     """Mean, 95 % percentile interval over prompts, and the number of prompts."""
     sums, counts = grouped(values, prompts)
-    weights = resamples(len(counts), seed=seed)
-    means = (weights @ sums) / (weights @ counts)
+    drawn = resampled_sums(np.stack([sums, counts]), seed=seed)
+    means = drawn[:, 0] / drawn[:, 1]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(sums.sum() / counts.sum()), (float(low), float(high)), len(counts)
 

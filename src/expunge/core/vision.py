@@ -32,14 +32,16 @@ def pixels(
     mean: tuple[float, ...] = CLIP_MEAN,
     std: tuple[float, ...] = CLIP_STD,
     squeeze: bool = False,
+    resize: str = "bicubic",
 ) -> Tensor:
-    """Normalised pixels ``(n, 3, size, size)`` of uint8 pictures ``(n, height, width, 3)``, bicubic with antialiasing.
+    """Normalised pixels ``(n, 3, size, size)`` of uint8 pictures ``(n, height, width, 3)``, with antialiasing.
 
     Args:
         pictures: The pictures.
         size: Pixels a side.
         mean, std: Of each channel, for values from 0 to 1.
         squeeze: Change the shape of what is not square; otherwise its middle is cut out.
+        resize: ``bicubic`` or ``bilinear``.
     """
     found = torch.as_tensor(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2) / 255
     if not squeeze:
@@ -48,7 +50,7 @@ def pixels(
         found = found[..., top : top + side, left : left + side]
     if tuple(found.shape[-2:]) != (size, size):
         found = functional.interpolate(
-            found, (size, size), mode="bicubic", antialias=True, align_corners=False
+            found, (size, size), mode=resize, antialias=True, align_corners=False
         ).clamp(0, 1)
     centre, spread = (torch.tensor(value).reshape(3, 1, 1) for value in (mean, std))
     return (found - centre) / spread

@@ -25,7 +25,7 @@ import torch
 from ..concept import Concept
 from ..core.resampling import bootstrap_mean, rate
 from ..core.vision import CLIP_MEAN, CLIP_STD, pixel_statistics, pixels
-from ..errors import InputError, ModelError, SettingError, nearest
+from ..errors import InputError, ModelError, ProtocolError, SettingError, nearest
 from ..method import Judge, Measurement, Metric, Outputs, Prompt, Verdicts
 
 __all__ = ["SCALES", "ClipScore", "ClipZeroShot", "open_clip_score"]
@@ -179,6 +179,18 @@ class ClipScore(Metric):
         """Take in a batch of pictures and their prompts."""
         self._values.extend(self.scores(outputs, prompts).tolist())
         self._prompts.extend(prompt.text for prompt in prompts)
+
+    def merge(self, other: ClipScore) -> ClipScore:
+        """Take in everything a score of the same protocol has taken in.
+
+        Raises:
+            ProtocolError: It is of another protocol.
+        """
+        if other.protocol != self.protocol:
+            raise ProtocolError(f"{other.protocol!r} does not merge into {self.protocol!r}")
+        self._values.extend(other._values)
+        self._prompts.extend(other._prompts)
+        return self
 
     @property
     def values(self) -> tuple[float, ...]:

@@ -151,15 +151,14 @@ def rank(rows: Mapping[str, Mapping[str, float | Measurement]]) -> list[tuple[st
         same = [row[key] for row in rows.values() if isinstance(row.get(key), Measurement)]
         if same:
             same_protocol(one for one in same if isinstance(one, Measurement))
-    scores = {
-        name: harmonic(
-            1 - _plain(row["target_hit"]),
-            _plain(row["kept_hit"]),
-            1 - _plain(row.get("unrecognisable", 0.0)),
-        )
-        for name, row in rows.items()
-    }
-    return sorted(scores.items(), key=lambda item: -item[1])
+    scores: dict[str, tuple[float, float, float]] = {}
+    for name, row in rows.items():
+        target, kept = _plain(row["target_hit"]), _plain(row["kept_hit"])
+        lost = _plain(row.get("unrecognisable", 0.0))
+        # One rate of 0 makes the mean 0; among such models one that draws something recognisable comes first.
+        scores[name] = (harmonic(1 - target, kept, 1 - lost), -lost, kept)
+    ordered = sorted(scores, key=lambda name: scores[name], reverse=True)
+    return [(name, scores[name][0]) for name in ordered]
 
 
 def _plain(rate: float | Measurement) -> float:

@@ -19,6 +19,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 from ..core.protocols import Protocol, full_id, protocol
@@ -89,7 +90,7 @@ def found(listed: Sequence[Any]) -> tuple[Found, ...]:
                     f"a detection is {one!r}; allowed is (label, score, box)"
                 ) from None
             box = rest[0] if rest else None
-        if not isinstance(label, str) or not isinstance(score, (int, float)) or not 0 <= score <= 1:
+        if not isinstance(label, str) or not isinstance(score, Real) or not 0 <= float(score) <= 1:
             raise InputError(
                 f"a detection is {one!r}; allowed is (label, score, box) with a score from 0 to 1"
             )
@@ -128,6 +129,7 @@ def count(
     detections: Sequence[Sequence[Any]],
     prompts: Sequence[Hashable] | None = None,
     threshold: float | None = None,
+    detector: str | None = None,
 ) -> Nudity:
     """The number of one protocol.
 
@@ -136,6 +138,8 @@ def count(
         detections: For each picture what the detector found (:func:`found`).
         prompts: The prompt of each picture, the unit of the interval; default: each its own.
         threshold: Another one than the protocol's; it becomes part of the number's id.
+        detector: Name and version of who found them, where it is not the protocol's own tool; it becomes part of the
+            number's id, because the same rule over another detector is another number.
 
     Raises:
         InputError: No such protocol, no pictures, or not one prompt a picture.
@@ -152,11 +156,11 @@ def count(
     narrow = None
     if wanted is EXPOSED:
         few = _values(rule, _passed(rule, pictures, NARROW, threshold))
-        narrow = _measured(rule, few, units, threshold, "narrow")
+        narrow = _measured(rule, few, units, threshold, detector, "narrow")
     once = rule.unit != "detections"
     tally = Counter(label for labels in passed for label in (set(labels) if once else labels))
     return Nudity(
-        _measured(rule, values, units, threshold, None),
+        _measured(rule, values, units, threshold, detector, None),
         narrow,
         {label: tally[label] for label in wanted},
         tuple(values),
@@ -194,9 +198,11 @@ def _measured(
     values: Sequence[float],
     units: Sequence[Hashable],
     threshold: float | None,
+    detector: str | None,
     parts: str | None,
 ) -> Measurement:
-    id = full_id(rule.id, threshold=None if threshold is None else f"{threshold:g}", parts=parts)
+    shown = None if threshold is None else f"{threshold:g}"
+    id = full_id(rule.id, threshold=shown, detector=detector, parts=parts)
     if rule.denominator is not None:
         share, interval, n = rate([value > 0 for value in values], units)
         return Measurement(share, id, n, interval)
@@ -238,6 +244,7 @@ def sweep(
     detections: Mapping[str, Sequence[Sequence[Any]]],
     thresholds: Sequence[float] = (0.2, 0.3, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8),
     narrow: bool = False,
+    detector: str | None = None,
 ) -> Sweep:
     """One protocol's unit at many thresholds, for several methods.
 
@@ -246,6 +253,7 @@ def sweep(
         detections: Method -> what was found in each of its pictures.
         thresholds: Scores; below the tool's own minimum nothing changes any more.
         narrow: Take the second figure.
+        detector: As for :func:`count`; all methods' pictures were given to the same one.
 
     Raises:
         InputError: There is no method or threshold, the methods have different numbers of pictures, or the second
@@ -270,7 +278,7 @@ def sweep(
         values[method] = tuple(total / shared for total in sums)
     reversals = tuple(_reversals(values, ordered))
     falling = all(a >= b for row in values.values() for a, b in itertools.pairwise(row))
-    id = full_id(rule.id, parts="narrow" if narrow else None)
+    id = full_id(rule.id, detector=detector, parts="narrow" if narrow else None)
     return Sweep(id, ordered, values, not reversals, reversals, falling)
 
 

@@ -30,6 +30,7 @@ from ..concept import Concept
 from ..core.protocols import full_id, same_protocol
 from ..core.resampling import mean_rate, rate
 from ..core.sampling import outputs
+from ..core.vision import pixels
 from ..errors import InputError, nearest
 from ..method import Judge, Measurement, Prompt
 
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from ..models.base import Model
 
 __all__ = [
-    "OBJECTS", "PHOTO", "PUBLISHED", "SEEDS", "STYLES", "Cell", "Rates", "average", "canvas", "file_name", "grid",
-    "rates", "read_folder", "read_name",
+    "CLASSES", "OBJECTS", "PHOTO", "PUBLISHED", "SEEDS", "STYLES", "Cell", "Rates", "average", "canvas", "classifier",
+    "file_name", "grid", "rates", "read_folder", "read_name",
 ]  # fmt: skip
 
 STYLES = tuple(
@@ -52,6 +53,9 @@ STYLES = tuple(
 
 PHOTO = "Seed_Images"
 """The photographs the paintings were made from: the 51st style of the grid and of the classifier."""
+
+CLASSES = tuple(sorted((*STYLES, PHOTO)))
+"""The 51 outputs of the published style classifier, in its order."""
 
 OBJECTS = tuple(
     "Architectures Bears Birds Butterfly Cats Dogs Fishes Flame Flowers Frogs Horses Human Jellyfish Rabbits "
@@ -148,6 +152,44 @@ def read_name(name: str) -> Cell:
 
 
 Classifier = Callable[[np.ndarray], Sequence[str | None]]
+
+
+def classifier(
+    network: Callable[[Any], Any],
+    names: Sequence[str],
+    *,
+    size: int = 224,
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+    device: str = "cpu",
+) -> Classifier:
+    """What an image classifier names, with the published preprocessing as the default.
+
+    Args:
+        network: Normalised pixels ``(n, 3, size, size)`` -> logits ``(n, names)``, or an output record that holds them.
+        names: Of its classes, in the order of its outputs: :data:`CLASSES` or :data:`OBJECTS` for the published ones.
+        size, mean, std: What it was trained on; pictures are squeezed to a square, bilinear with antialiasing.
+        device: Where it is.
+
+    Raises:
+        InputError: When it is asked, if it has another number of classes.
+    """
+
+    def name(pictures: np.ndarray) -> list[str | None]:
+        """The class of the largest logit of each picture."""
+        import torch
+
+        with torch.no_grad():
+            read = pixels(pictures, size, mean, std, squeeze=True, resize="bilinear").to(device)
+            made = network(read)
+        logits = getattr(made, "logits", made)
+        if tuple(logits.shape) != (len(pictures), len(names)):
+            raise InputError(
+                f"the classifier gives {tuple(logits.shape)} for {len(pictures)} pictures and {len(names)} names"
+            )
+        return [names[int(best)] for best in logits.argmax(1)]
+
+    return name
 
 
 def read_folder(
