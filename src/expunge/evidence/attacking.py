@@ -15,13 +15,16 @@ from typing import Any
 from ..concept import Concept
 from ..core.sampling import OutputCache
 from ..errors import CatalogueError, ExpungeError, SettingError, nearest
+from ..measure.success import DENOMINATORS, attack_success
 from ..method import Attack, Attempts, Budget, Judge, Prompt
 from .arms import Arm
 from .measuring import Notes
 from .schema import ARMS, AttackRecord
 from .statistics import MINIMUM_RANGE, bootstrap_difference, measures_nothing, rate, recovered
 
-__all__ = ["Attacked", "attack_arms", "attack_record", "choose"]
+__all__ = ["CONVENTIONS", "Attacked", "attack_arms", "attack_record", "choose"]
+
+CONVENTIONS = tuple(name for name in DENOMINATORS if name != "all-prompts")
 
 
 @dataclasses.dataclass
@@ -167,11 +170,39 @@ def attack_record(done: Attacked, judge: Judge, allowance: Budget, seed: int, no
         items = done.attempts["erased"].items
         record.texts = [item.text for item in items]
         record.skipped = sum("skipped" in item.details for item in items)
+    _conventions(record, done, judge, notes, path)
     _judge(record, done, false_positives, notes, path)
     for field in ("recovered", "advantage"):
         if getattr(record, field) is None and record.reason:
             notes.null(f"{path}.{field}", record.reason)
     return record
+
+
+def _conventions(
+    record: AttackRecord, done: Attacked, judge: Judge, notes: Notes, path: str
+) -> None:
+    """The same attempts counted as other papers do; ``hit_erased`` has all prompts in the denominator."""
+    attempts, original = done.attempts.get("erased"), done.attempts.get("original")
+    if attempts is None or not attempts.items:
+        return
+    plain = [item.pre_hit for item in attempts.items]
+    hits = [item.hit for item in attempts.items]
+    units = [item.prompt.text for item in attempts.items]
+    shown = None if original is None else [item.pre_hit for item in original.items]
+    for name in CONVENTIONS:
+        where = f"{path}.success.{name}"
+        record.success[name] = None
+        if shown is None and name != "erased-passes":
+            notes.null(where, "there is no original to say which prompts show the concept")
+            continue
+        made = attack_success(
+            plain, hits, name, original=shown, prompts=units, judge=judge.protocol
+        )
+        if made.post.value is None:
+            notes.null(where, "none of the attacked prompts is in this denominator")
+            continue
+        found = (made.post.value, made.post.interval, made.post.n)
+        record.success[name] = notes.number(where, found, made.post.protocol)
 
 
 def _judge(

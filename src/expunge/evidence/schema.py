@@ -111,6 +111,10 @@ class AttackRecord(Strict):
     hit_original: Rate = None
     hit_erased: Rate = None
     hit_never: Rate = None
+    success: dict[str, Rate] = Field(
+        default_factory=dict,
+        description="Convention -> success on the erased model with another denominator than all prompts.",
+    )
     recovered: float | None = Field(
         default=None, description="(erased - never) / (original - never)."
     )
