@@ -20,6 +20,7 @@
     |   `-- NotOnModel               revert or removal of an edit that is not on the model
     |-- NonFiniteError               NaN or infinity in weights, an edit or a loss
     |-- NumericalError               a solve is too ill-conditioned to be trusted
+    |-- JudgeError                   a judge cannot be asked, or its answer cannot be read
     |-- RunError                     a run folder: resume mismatch, unfinished, unreadable
     |   `-- ResumeMismatch           the folder holds a run with other settings
     |-- ProtocolError                numbers measured by different protocols were compared
@@ -40,6 +41,7 @@ __all__ = [
     "EditFormatError",
     "ExpungeError",
     "InputError",
+    "JudgeError",
     "MissingCapability",
     "MissingExtra",
     "MissingPart",
@@ -180,6 +182,12 @@ class NumericalError(ExpungeError):
     """A solve is too ill-conditioned to be trusted."""
 
     cure = "Raise the ridge, lower the scales or pass fewer identical phrases."
+
+
+class JudgeError(ExpungeError):
+    """A judge cannot be asked, or what it answered cannot be read."""
+
+    cure = "Nothing was counted: an answer that cannot be read is no verdict. Check the endpoint and its model."
 
 
 class RunError(ExpungeError):

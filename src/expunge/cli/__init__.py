@@ -205,12 +205,12 @@ def audit(
 
 def _audit(
     model: Any, edits: list[Any], wanted: tuple[Concept, ...], out: Path, *, original: str | None = None,
-    never: str | None = None, judge: str | None = None, attacks: str = "all", prompts: Path | None = None,
+    never: str | None = None, judge: Any = None, attacks: str = "all", prompts: Path | None = None,
     **options: Any,
 ) -> Any:  # fmt: skip
     from ..evidence import audit as run_audit
 
-    common.check_judge(model, judge)
+    decides = common.chosen_judge(model, judge)
     ids: Any = (
         attacks
         if attacks in ("all", "none")
@@ -218,7 +218,7 @@ def _audit(
     )
     with common.quietly():
         evidence = run_audit(
-            model, edits, list(wanted), attacks=ids, original=common.beside(original, model),
+            model, edits, list(wanted), attacks=ids, judge=decides, original=common.beside(original, model),
             never=common.beside(never, model), prompts=common.read_prompts(prompts) if prompts else None,
             command=shlex.join(["expunge", *sys.argv[1:]]), **options,
         )  # fmt: skip
@@ -235,17 +235,17 @@ def run(
     model: ModelOption, out: OutOption, method: MethodOption = "rece", concept: ConceptOption = None,
     concept_file: FileOption = None, kind: KindOption = None, phrase: PhraseOption = None,
     anchor: AnchorOption = None, keep: KeepOption = None, preset: PresetOption = None, set_: SetOption = None,
-    never: NeverOption = None, attacks: AttacksOption = "all", budget: BudgetOption = "world",
-    prompts: PromptsOption = None, seeds: SeedsOption = 1, n: NOption = 100, kept_n: KeptNOption = 20,
+    never: NeverOption = None, judge: JudgeOption = None, attacks: AttacksOption = "all", n: NOption = 100,
+    budget: BudgetOption = "world", prompts: PromptsOption = None, seeds: SeedsOption = 1, kept_n: KeptNOption = 20,
     attack_n: AttackNOption = 20, seed: SeedOption = 0, device: DeviceOption = "cpu", dtype: DtypeOption = None,
 ) -> None:  # fmt: skip
     """Erase, then audit: everything in one folder."""
     opened = common.load(model, device, dtype)
     wanted = common.concepts_of(opened, concept, concept_file, kind, phrase, anchor)
-    common.check_judge(opened)  # before an erasure that may take hours
+    decides = common.chosen_judge(opened, judge)  # before an erasure that may take hours
     made = _erase(opened, wanted, method, preset, set_, keep, None, seed, out)
-    _audit(opened, [made], wanted, out, never=never, attacks=attacks, budget=budget, prompts=prompts, seeds=seeds,
-           n=n, kept_n=kept_n, attack_n=attack_n, seed=seed)  # fmt: skip
+    _audit(opened, [made], wanted, out, never=never, judge=decides, attacks=attacks, budget=budget, prompts=prompts,
+           seeds=seeds, n=n, kept_n=kept_n, attack_n=attack_n, seed=seed)  # fmt: skip
 
 
 @app.command()

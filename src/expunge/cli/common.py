@@ -175,13 +175,23 @@ def own_judge(model: Model) -> Judge | None:
     return companions.judge() if companions is not None and companions.judge is not None else None
 
 
-def check_judge(model: Model, id: str | None = None) -> None:
-    """Refuse what has no judge on the command line, or a judge that is not the model's own."""
+def chosen_judge(model: Model, specification: Judge | str | None = None) -> Judge:
+    """The judge that was asked for (one that is open stays as it is), else the model's own.
+
+    Raises:
+        SettingError: There is none, or the specification is wrong.
+    """
+    if specification is not None and not isinstance(specification, str):
+        return specification
+    if specification is not None:
+        from ..measure.judges import open_judge
+
+        with quietly():
+            return open_judge(specification, model)
     own = own_judge(model)
     if own is None:
         raise SettingError(
-            f"{model.name} has no judge of its own, and the command line knows no other; in Python "
-            "expunge.audit takes any as judge="
+            f"{model.name} has no judge of its own; name one with --judge, for example "
+            "classifier:model=FOLDER or vision-language:url=...,model=..."
         )
-    if id is not None and id != own.id:
-        raise SettingError(f"judge {id!r} is unknown{nearest(id, [own.id])}")
+    return own

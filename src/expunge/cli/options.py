@@ -74,7 +74,10 @@ NeverOption = Annotated[
     str | None, typer.Option(help="A model that never saw the concept; the world brings its own.")
 ]
 JudgeOption = Annotated[
-    str | None, typer.Option(help="Id of the judge; the world's own is the default.")
+    str | None,
+    typer.Option(
+        help="Who says what is shown: `ID` or `ID:setting=value,...` (docs/judges.md); the world's own is the default."
+    ),
 ]
 AttacksOption = Annotated[str, typer.Option(help="Attack ids joined by commas, `all` or `none`.")]
 BudgetOption = Annotated[

@@ -46,7 +46,8 @@ def audit(
     *,
     attacks: Any = "all",
     budget: str | Budget = "world",
-    judge: Judge | None = None,
+    judge: Judge | str | None = None,
+    calibrate: int | None = None,
     original: Model | None = None,
     never: Model | None = None,
     prompts: Any = None,
@@ -75,7 +76,10 @@ def audit(
         concept: Concept(s) or names; default: those the edits name.
         attacks: ``all`` that are implemented for the family, ``none``, ids, or Attack objects.
         budget: Name of the allowance for each attacked prompt; the same on all arms.
-        judge: Default: the world's.
+        judge: A judge, or the specification of one (:func:`expunge.measure.judges.open_judge`); default: the
+            world's.
+        calibrate: Labelled pictures of the world with and without the concept on which a judge is calibrated that is
+            not yet; default: some for the world's own judge, none for others.
         original: Default: the model with its edits lifted, if there are any.
         never: Default: the world's, if it lacks the concept.
         prompts: Texts or prompts that name the concept; a mapping by name for several concepts.
@@ -106,13 +110,17 @@ def audit(
     run = Triad(
         model, edits, original, never, companions, judge, allowance,
         attacking.choose(attacks, model.family, allowance, common_kind(concepts)), cache, batch, shown,
-        _clip(clip, companions), seed, attack_n, rebase, sibling, progress, options,
+        _clip(clip, companions), seed, attack_n, rebase, sibling, progress, options, calibrate,
     )  # fmt: skip
     asked = {"n": n, "kept_n": kept_n, "seeds": seeds, "seed": seed, "split": split}
     return _evidence(run, concepts, asked, prompts, kept, command)
 
 
-def _judge(judge: Judge | None, companions: Any, model: Model) -> Judge:
+def _judge(judge: Judge | str | None, companions: Any, model: Model) -> Judge:
+    if isinstance(judge, str):
+        from ..measure.judges import open_judge
+
+        return open_judge(judge, model)
     if judge is not None:
         return judge
     if companions is None or companions.judge is None:

@@ -305,13 +305,31 @@ def _made(evidence: Evidence) -> list[tuple[str, str]]:
         if v not in (None, {}, [])
     )
     rows = [("model", f"{evidence.model} ({evidence.family})"), ("command", evidence.command or ""),
-            ("judge", evidence.judge), ("settings", settings), ("created", evidence.created),
+            ("judge", evidence.judge), ("judge on labelled outputs", _calibrated(evidence)),
+            ("settings", settings), ("created", evidence.created),
             ("time", f"{evidence.seconds:.0f} s" if evidence.seconds is not None else ""),
             ("rows through models", _cost(evidence.cost)),
             ("libraries", ", ".join(f"{k} {v}" for k, v in evidence.libraries.items())),
             ("machine", ", ".join(f"{k} {v}" for k, v in evidence.machine.items())),
             ("expunge", f"{evidence.expunge_version}, evidence schema {evidence.schema_version}")]  # fmt: skip
     return [(key, value) for key, value in rows if value]
+
+
+def _calibrated(evidence: Evidence) -> str:
+    """How often the judge erred where the truth is known, concept by concept."""
+    found = []
+    for name, fields in evidence.concepts.items():
+        record = fields.calibration
+        if record is not None:
+            spans = record.intervals
+            rates = [
+                f"{word} {_percent(getattr(record, key))} {_span(spans.get(key), 100)}".strip()
+                for word, key in (("false positives", "false_positive_rate"), ("true positives", "true_positive_rate"))
+            ]  # fmt: skip
+            found.append(
+                f"{name}: {', '.join(rates)}, n = {record.n} ({record.source or 'source not named'})"
+            )
+    return "; ".join(found)
 
 
 def _percent(value: float | None) -> str:

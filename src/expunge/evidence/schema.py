@@ -22,6 +22,7 @@ __all__ = [
     "EditRecord",
     "EvidenceFields",
     "Flag",
+    "JudgeRecord",
     "Stage",
 ]
 
@@ -186,6 +187,26 @@ class Verdict(Strict):
     line: str
 
 
+class JudgeRecord(Strict):
+    """How the judge did on outputs whose truth is known; its protocol is the document's ``judge``."""
+
+    protocol: str
+    concept: str
+    true_positives: int
+    false_positives: int
+    true_negatives: int
+    false_negatives: int
+    unrecognisable: int = 0
+    source: str = Field(default="", description="Where the labelled outputs come from.")
+    n: int
+    false_positive_rate: Rate = None
+    true_positive_rate: Rate = None
+    accuracy: Rate = None
+    f1: Rate = None
+    kappa: float | None = None
+    intervals: dict[str, Interval] = Field(default_factory=dict)
+
+
 class ConceptFields(Strict):
     """The evidence on one concept."""
 
@@ -193,6 +214,9 @@ class ConceptFields(Strict):
     verdict: Verdict | None = None
     models: Models | None = None
     attacks: list[AttackRecord] = Field(default_factory=list)
+    calibration: JudgeRecord | None = Field(
+        default=None, description="The judge on labelled outputs, this concept."
+    )
     edit: EditRecord | None = None
     stages: list[Stage] = Field(default_factory=list)
     features: str | None = Field(default=None, description="Whose features the distances use.")

@@ -15,6 +15,7 @@ from ..core.sampling import OutputCache
 from ..method import Attack, Budget, Judge
 from . import attacking, measuring
 from .arms import Arm, Observed, PromptSets, observe, open_never
+from .calibrating import calibration_flags, judge_record
 from .edits import edit_record
 from .gallery import Gallery, Shown
 from .measuring import Notes
@@ -35,7 +36,8 @@ class Triad:
     def __init__(self, model: Model, edits: tuple[Edit, ...], original: Model | None, never: Model | None,
                  companions: Any, judge: Judge, allowance: Budget, attacks: tuple[Attack, ...],
                  cache: OutputCache | None, batch: int, shown: int, clip: Any, seed: int, attack_n: int,
-                 rebase: bool, sibling: bool, progress: bool | None, options: Mapping[str, Any]) -> None:  # fmt: skip
+                 rebase: bool, sibling: bool, progress: bool | None, options: Mapping[str, Any],
+                 calibrate: int | None = None) -> None:  # fmt: skip
         self.model, self.edits, self.original, self.never = model, edits, original, never
         self.companions, self.judge, self.allowance = companions, judge, allowance
         self.attacks = attacks
@@ -43,6 +45,7 @@ class Triad:
         self.seed, self.attack_n, self.options = seed, attack_n, options
         self.rebase, self.sibling, self.progress = rebase, sibling, progress
         self.kind = "pictures" if model.family != "language" else "answers"
+        self.calibrate = calibrate
         self.opened: Model | None = never
 
     def models(self) -> list[Model]:
@@ -92,6 +95,9 @@ class Triad:
                         shown=self.shown, clip=self.clip, progress=functools.partial(bar.advance, arm.name),
                     )  # fmt: skip
         fields = ConceptFields(concept=concept.to_dict(), features=self.judge.id)
+        fields.calibration = judge_record(
+            self.judge, concept, self.companions, self.calibrate, notes
+        )
         with _stage("measures", self.model, stages):
             self._measure(fields, seen, sets, notes)
         with arms[[a.name for a in arms].index("erased")].ready() as model:
@@ -101,7 +107,9 @@ class Triad:
         self._attack(fields, gallery, arms, sets, notes, stages)
         fields.stages = stages
         notes.into(fields)
-        fields.flags = [*judge_flags(list(seen.values())), *flags(fields, self.kind)]
+        fields.flags = [
+            *judge_flags(list(seen.values())), *calibration_flags(fields.calibration), *flags(fields, self.kind),
+        ]  # fmt: skip
         fields.verdict = verdict(fields, concept.name, self.kind)
         return fields, gallery
 
@@ -171,7 +179,9 @@ class Triad:
         for arm in (fields.models.never, fields.models.original, fields.models.erased):
             if arm is not None and arm.false_positive is not None:
                 return arm.false_positive
-        return 0.0
+        # Without kept outputs, what labelled ones say of the judge.
+        known = fields.calibration.false_positive_rate if fields.calibration is not None else None
+        return known or 0.0
 
 
 def _repeat(notes: Notes, source: str, path: str) -> None:

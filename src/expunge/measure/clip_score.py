@@ -28,7 +28,7 @@ from ..core.vision import CLIP_MEAN, CLIP_STD, pixel_statistics, pixels
 from ..errors import InputError, ModelError, ProtocolError, SettingError, nearest
 from ..method import Judge, Measurement, Metric, Outputs, Prompt, Verdicts
 
-__all__ = ["SCALES", "ClipScore", "ClipZeroShot", "open_clip_score"]
+__all__ = ["SCALES", "ClipScore", "ClipZeroShot", "open_clip_score", "open_zero_shot"]
 
 Texts = str | Sequence[str]
 
@@ -304,6 +304,35 @@ def _one_each(outputs: Outputs, prompts: Sequence[Prompt]) -> int:
 def _softmax(scores: np.ndarray) -> np.ndarray:
     shares = np.exp(scores - scores.max(axis=1, keepdims=True))
     return np.asarray(shares / shares.sum(axis=1, keepdims=True))
+
+
+def open_zero_shot(
+    beside: Any = None,
+    *,
+    labels: tuple[str, ...],
+    template: str = "a photo of a {}",
+    clip: str = "",
+) -> ClipZeroShot:
+    """A CLIP that prefers one of several labels.
+
+    Args:
+        beside: The model that will be judged: its companions' CLIP is asked where no other is named.
+        labels: All names it is asked about.
+        template: Text of a label.
+        clip: A folder or hub id of a CLIP.
+
+    Raises:
+        SettingError: There is no CLIP beside the model and none is named.
+        ModelError: It cannot be opened.
+    """
+    opener = getattr(getattr(beside, "companions", None), "clip", None)
+    if clip:
+        return ClipZeroShot(open_clip_score(clip), labels, template)
+    if opener is None:
+        raise SettingError(
+            "judge clip-zero-shot: no CLIP stands beside this model; name one with clip="
+        )
+    return ClipZeroShot(opener() if callable(opener) else opener, labels, template)
 
 
 def _unit(found: Any) -> torch.Tensor:

@@ -7,7 +7,7 @@ frozen thing (:class:`~expunge.edit.Edit`, :class:`Attempts`).
     Eraser   erase(model, concepts, keep=, data=, judge=, seed=, run=) -> Edit
     Attack   attack(model, concept, judge, budget, prompts=, reference=, seed=) -> Attempts
     Control  hooks that run while a model runs; the adapter installs them
-    Judge    judge(outputs, concept, prompts) -> Verdicts
+    Judge    judge(outputs, concept, prompts) -> Verdicts; calibrate(outputs, labels, concept) -> Calibration
     Metric   update(outputs, prompts), compute() -> Measurement
 
 Outputs are pictures, a uint8 array ``(n, height, width, 3)``, or texts, a list of ``n`` strings.
@@ -23,17 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ProtocolError, SettingError, WrongMethod, nearest
+from .judging import Calibration, Judge, Verdicts
 from .settings import Method, setting
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from ..concept import Concept
     from ..edit import Edit
 
 __all__ = [
-    "BUDGETS", "Attack", "Attempt", "Attempts", "Budget", "Control", "Eraser", "Judge", "Measurement", "Method",
-    "Metric", "Prompt", "Verdicts", "budget", "setting",
+    "BUDGETS", "Attack", "Attempt", "Attempts", "Budget", "Calibration", "Control", "Eraser", "Judge", "Measurement",
+    "Method", "Metric", "Prompt", "Verdicts", "budget", "setting",
 ]  # fmt: skip
 
 Outputs = Any
@@ -62,45 +61,6 @@ class Prompt:
     def guided(self, otherwise: float) -> float:
         """This prompt's guidance, or ``otherwise`` where it has none of its own."""
         return otherwise if self.guidance is None else self.guidance
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdicts:
-    """What a judge says of ``n`` outputs.
-
-    Attributes:
-        hit: bool ``(n,)``: the concept is shown.
-        score: float ``(n,)``: the judge's confidence, 0 to 1; ``hit`` is ``score >= threshold``
-            where the judge has one threshold.
-        recognisable: bool ``(n,)``: the output is of the kind the judge knows at all; a destroyed
-            picture is not.
-    """
-
-    hit: np.ndarray
-    score: np.ndarray
-    recognisable: np.ndarray
-
-
-class Judge(ABC):
-    """Says whether outputs show a concept.
-
-    Attributes:
-        id: Short name, for example ``world-oracle``.
-        protocol: Names everything that changes the answer: judge, version, threshold, unit.
-        threshold: Score from which on an output counts as a hit.
-    """
-
-    id: str
-    protocol: str
-    threshold: float
-
-    @abstractmethod
-    def judge(self, outputs: Outputs, concept: Concept, prompts: Sequence[Prompt]) -> Verdicts:
-        """Verdicts on ``n`` outputs; ``prompts`` are the ``n`` prompts they answer."""
-
-    def features(self, outputs: Outputs) -> np.ndarray | None:
-        """Feature vectors ``(n, d)`` for distribution distances, or ``None``."""
-        return None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from ..errors import SettingError, nearest
 
-__all__ = ["Method", "setting"]
+__all__ = ["Method", "convert", "setting"]
 
 
 def setting(
@@ -70,7 +70,7 @@ class Method:
                 raise SettingError(f"{cls.id}: setting {name!r} is unknown{nearest(name, fields)}")
         hints = typing.get_type_hints(cls)
         converted = {
-            name: _convert(cls.id, name, value, hints[name]) if isinstance(value, str) else value
+            name: convert(cls.id, name, value, hints[name]) if isinstance(value, str) else value
             for name, value in settings.items()
         }
         made = cls(**{**cls.presets.get(preset or "", {}), **converted})
@@ -113,11 +113,22 @@ class Method:
         ]
 
 
-def _convert(method: str, name: str, text: str, kind: Any) -> Any:
+def convert(method: str, name: str, text: str, kind: Any) -> Any:
+    """A text of a command line as a value of a type; lists are joined by commas.
+
+    Args:
+        method: Whose setting it is, for the error.
+        name: The setting.
+        text: What was typed.
+        kind: Its type: int, float, bool, str, a tuple of one of them, or one of them or ``None``.
+
+    Raises:
+        SettingError: The text is no such value.
+    """
     options = typing.get_args(kind) or (kind,)
     if typing.get_origin(kind) is tuple:
         parts = (part.strip() for part in text.split(","))
-        return tuple(_convert(method, name, part, options[0]) for part in parts if part)
+        return tuple(convert(method, name, part, options[0]) for part in parts if part)
     if type(None) in options and text.lower() in ("none", "null"):
         return None
     for option in options:

@@ -29,7 +29,16 @@ if TYPE_CHECKING:
     from ..concept import Concept
     from ..method import Control, Judge, Method, Outputs, Prompt
 
-__all__ = ["Boxed", "Companions", "Cost", "Model", "Pictures", "State", "noise_generator"]
+__all__ = [
+    "Boxed",
+    "Companions",
+    "Cost",
+    "Labelled",
+    "Model",
+    "Pictures",
+    "State",
+    "noise_generator",
+]
 
 
 def noise_generator(seed: int, purpose: str, item: int | str = 0) -> torch.Generator:
@@ -113,6 +122,18 @@ class Boxed(NamedTuple):
     boxes: Sequence[Sequence[tuple[float, tuple[float, float, float, float], str]]]
 
 
+class Labelled(NamedTuple):
+    """Pictures of which it is known whether they show one concept.
+
+    Attributes:
+        pictures: uint8 ``(n, height, width, 3)``.
+        shown: bool ``(n,)``.
+    """
+
+    pictures: Any
+    shown: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Companions:
     """What a world (or a user) registers beside a model; every field may be missing.
@@ -137,6 +158,8 @@ class Companions:
         contaminated: ``contaminated(names, n, seed=0, split="development" | "test", share=0.5) -> Boxed``:
             pictures as the model was trained on, of which a share holds each named concept, with exact
             boxes; marks go unsaid in the captions.
+        labelled: ``labelled(name, n, seed=0, split="development" | "test") -> Labelled``: ``n`` pictures with a
+            concept and ``n`` without it, to calibrate judges on.
         image_prompts: Opens the image-prompt branch of the world's original denoiser
             (:class:`expunge.core.image_prompts.ImagePrompts`).
     """
@@ -154,6 +177,7 @@ class Companions:
     clip: Callable[[], Any] | None = None
     pictures: Callable[..., Pictures] | None = None
     contaminated: Callable[..., Boxed] | None = None
+    labelled: Callable[..., Labelled] | None = None
     image_prompts: Callable[[], Any] | None = None
 
 

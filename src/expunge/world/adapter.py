@@ -11,7 +11,7 @@ from ..concept import KINDS, Concept
 from ..core.mentions import exchanged
 from ..errors import ConceptError, InputError, ModelError, nearest
 from ..method import Prompt
-from ..models.base import Boxed, Companions, Model, Pictures
+from ..models.base import Boxed, Companions, Labelled, Model, Pictures
 from . import captions, models, scenes, vocabulary
 from .dice import Dice
 from .judge import OracleJudge, entry_name, find_entry
@@ -25,6 +25,7 @@ __all__ = [
     "world_captions",
     "world_concept",
     "world_contaminated",
+    "world_labelled",
     "world_neighbours",
     "world_pictures",
     "world_prompts",
@@ -81,6 +82,7 @@ def companions() -> Companions:
         clip=_clip_score,
         pictures=world_pictures,
         contaminated=world_contaminated,
+        labelled=world_labelled,
         image_prompts=models.image_prompts,
     )
 
@@ -202,6 +204,26 @@ def world_pictures(name: str, n: int, seed: int = 0, split: str = "development")
         masks.append(_mask(scene, entry))
         texts.append(text)
     return Pictures(np.stack(pictures), np.stack(masks), tuple(texts))
+
+
+def world_labelled(name: str, n: int, seed: int = 0, split: str = "development") -> Labelled:
+    """``n`` rendered pictures with a concept, then ``n`` of everything else the world has, truth included.
+
+    Args:
+        name: A concept of the world.
+        n: How many of either.
+        seed: Another seed gives other pictures.
+        split: ``development`` or ``test``.
+    """
+    entry = vocabulary.concept(name)
+    shown = world_pictures(entry.name, n, seed=seed, split=split).pictures
+    # The rest carries the other marks as often as training pictures of the kind that has them.
+    others = {mark: 0.1 for mark in vocabulary.MARKS if mark != entry.name}
+    first = _first(split, seed) + 500_000
+    rest, _, _ = scenes.batch(
+        range(first, first + n), Setting(exclude=frozenset({entry.name}), stamps=others)
+    )
+    return Labelled(np.concatenate([shown, rest]), np.arange(2 * n) < n)
 
 
 def _first(split: str, seed: int) -> int:

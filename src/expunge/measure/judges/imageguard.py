@@ -1,0 +1,117 @@
+"""T2ISafety's evaluator as a judge: a chat model names the violated categories, or a person's attributes.
+
+arXiv 2501.12612.  The published evaluator is ImageGuard, a vision-language model of 7 billion parameters that needs
+remote code to open, so it is asked behind an endpoint that serves it; any chat model that sees pictures can be asked
+the same questions.  ``expunge.core.safety_answers`` has the questions and reads the answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...concept import Concept
+from ...core.endpoints import Endpoint
+from ...core.safety_answers import people_question, read_person, read_safety, safety_question
+from ...core.safety_taxonomy import PUBLISHED, Seen, Taxonomy
+from ...errors import InputError, JudgeError, SettingError
+from ...method import Judge, Outputs, Prompt, Verdicts
+
+__all__ = ["ImageGuard", "open_imageguard"]
+
+ANY = ("unsafe", "nsfw", "inappropriate")
+"""Names that stand for every category together."""
+
+
+class ImageGuard(Judge):
+    """Says whether a picture violates a category, and what kind of person it shows.
+
+    Args:
+        ask: Asks the model about one picture: question, uint8 ``(h, w, 3)`` -> text; greedy decoding.
+        name: Name of the model, part of the protocol.
+        taxonomy: What is asked about.
+        tries: Times a picture is asked about until the answer can be read.
+    """
+
+    id = "imageguard"
+    threshold = 0.5
+
+    def __init__(
+        self,
+        ask: Callable[[str, np.ndarray], str],
+        name: str,
+        *,
+        taxonomy: Taxonomy = PUBLISHED,
+        tries: int = 2,
+    ) -> None:
+        if tries < 1:
+            raise SettingError(f"{self.id}: tries is {tries}; at least 1 is needed")
+        self.ask, self.taxonomy, self.tries = ask, taxonomy, tries
+        self.questions = {"safety": safety_question(taxonomy), "people": people_question(taxonomy)}
+        digest = hashlib.sha256("\n".join(self.questions.values()).encode()).hexdigest()[:8]
+        self.protocol = f"imageguard/1/{name}:{taxonomy.name}/questions={digest}"
+        self._answers: dict[str, Seen] = {}
+
+    def judge(self, outputs: Outputs, concept: Concept, prompts: Sequence[Prompt]) -> Verdicts:
+        """Verdicts on uint8 pictures ``(n, h, w, 3)``: whether the concept's category is violated, score 0 or 1.
+
+        Raises:
+            SettingError: The concept is no category, no domain, and not "unsafe".
+            JudgeError: An answer cannot be read.
+        """
+        wanted = set(self._tasks(concept))
+        seen = self.look(outputs, "safety")
+        hit = np.array([bool(wanted & set(one.unsafe)) for one in seen], bool).reshape(len(seen))
+        return Verdicts(hit, hit.astype(float), np.ones(len(seen), bool))
+
+    def look(self, outputs: Outputs, question: str) -> list[Seen]:
+        """What is seen in each of ``n`` pictures; ``question`` is ``safety`` or ``people``."""
+        read = {"safety": read_safety, "people": read_person}[question]
+        found = []
+        for picture in map(np.asarray, outputs):
+            key = hashlib.sha256(question.encode() + picture.tobytes()).hexdigest()
+            if key not in self._answers:
+                self._answers[key] = self._one(self.questions[question], read, picture)
+            found.append(self._answers[key])
+        return found
+
+    def _one(self, question: str, read: Callable[..., Seen], picture: np.ndarray) -> Seen:
+        for tried in range(self.tries):
+            try:
+                return read(self.ask(question, picture), self.taxonomy)
+            except JudgeError as error:
+                if tried == self.tries - 1:
+                    raise JudgeError(f"{self.protocol}: {error}") from None
+        raise AssertionError("unreachable")
+
+    def _tasks(self, concept: Concept) -> tuple[str, ...]:
+        for name in concept.names:
+            if name.lower() in ANY:
+                return tuple(task.id for task in self.taxonomy.tasks)
+            if name.lower() in ("toxicity", "privacy"):
+                return self.taxonomy.of(name.lower())
+            try:
+                return (self.taxonomy.task(name).id,)
+            except InputError:
+                continue
+        titles = ", ".join(task.title.lower() for task in self.taxonomy.tasks)
+        raise SettingError(
+            f"{self.id}: {concept.name!r} is no category; it knows {titles}, the domains, and 'unsafe'"
+        )
+
+
+def open_imageguard(
+    beside: Any = None,
+    *,
+    url: str,
+    model: str,
+    key_variable: str = "OPENAI_API_KEY",
+    timeout: float = 120.0,
+    retries: int = 4,
+) -> ImageGuard:
+    """The judge behind an endpoint; see :class:`~expunge.core.endpoints.Endpoint`."""
+    endpoint = Endpoint(url, model, key_variable, timeout, retries)
+    return ImageGuard(endpoint.ask, model)
