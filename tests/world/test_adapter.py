@@ -15,6 +15,7 @@ from expunge.world.adapter import (
     world_captions,
     world_concept,
     world_contaminated,
+    world_labelled,
     world_neighbours,
     world_pictures,
 )
@@ -108,3 +109,14 @@ def test_the_worlds_clip_score_reads_pixels_as_its_tower_was_trained() -> None:
             hits[score.name] += int((table.argmax(axis=1) == np.arange(24)).sum())
     # Its own caption is the nearest of 24 for most pictures, more often than with another CLIP's pixels.
     assert hits[own.name] >= 0.7 * 72 and hits[own.name] > hits[usual.name]
+
+
+@pytest.mark.parametrize("name", ["star", "striped", "mira solen", "watermark", "hazard", "night"])
+def test_labelled_pictures_calibrate_the_oracle(name: str) -> None:
+    concept = world_concept(name)
+    assert concept is not None
+    labelled = world_labelled(name, 12)
+    assert labelled.pictures.shape == (24, 64, 64, 3)
+    assert labelled.shown.tolist() == [True] * 12 + [False] * 12
+    made = OracleJudge().calibrate(labelled.pictures, list(labelled.shown), concept)
+    assert made.true_positives >= 11 and made.false_positives <= 1

@@ -1,4 +1,4 @@
-"""The command line: `expunge methods | generate | erase | audit | run | measure | sweep | leaderboard | inspect ...`.
+"""The command line: `expunge methods | generate | erase | audit | run | measure | benchmark | sweep | ...`.
 
 Heavy libraries are imported inside the commands, so that `expunge --help` and `expunge methods` stay quick.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ExpungeError
-from . import common, listing, measure, sweeping
+from . import benchmark, common, listing, measure, sweeping
 from .options import (
     MODEL_HELP,
     AnchorOption,
@@ -61,6 +61,7 @@ app = typer.Typer(
 )
 app.command()(listing.methods)
 app.command()(measure.measure)
+app.command()(benchmark.benchmark)
 app.command()(sweeping.sweep)
 app.command()(sweeping.leaderboard)
 world_app = typer.Typer(help="The built-in world.", no_args_is_help=True)

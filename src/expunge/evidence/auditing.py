@@ -76,10 +76,8 @@ def audit(
         concept: Concept(s) or names; default: those the edits name.
         attacks: ``all`` that are implemented for the family, ``none``, ids, or Attack objects.
         budget: Name of the allowance for each attacked prompt; the same on all arms.
-        judge: A judge, or the specification of one (:func:`expunge.measure.judges.open_judge`); default: the
-            world's.
-        calibrate: Labelled pictures of the world with and without the concept on which a judge is calibrated that is
-            not yet; default: some for the world's own judge, none for others.
+        judge: A judge, or what :func:`expunge.measure.judges.open_judge` takes; default: the world's.
+        calibrate: Labelled pictures with and without the concept; default: some for the world's own judge.
         original: Default: the model with its edits lifted, if there are any.
         never: Default: the world's, if it lacks the concept.
         prompts: Texts or prompts that name the concept; a mapping by name for several concepts.
@@ -92,12 +90,10 @@ def audit(
         clip: A :class:`~expunge.measure.clip_score.ClipScore`; default: the companions' one.
         cache: Outputs and attacks made before; ``None`` keeps nothing.
         rebase, sibling: As for :meth:`Edit.on`.
-        progress: Show a progress line; ``None`` where a terminal looks.
-        command: What was typed, for the report.
+        progress, command: Show a progress line (``None``: where a terminal looks); what was typed.
         options: Passed to ``model.generate`` (``steps``, ``guidance``, ...).
 
-    Raises:
-        InputError: No concept, no judge or (PromptError) nothing to ask.
+    Raises: InputError: no concept, no judge or (PromptError) nothing to ask.
     """
     from ..edit import Edit
 
