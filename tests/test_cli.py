@@ -228,5 +228,5 @@ def test_a_model_without_a_judge_is_refused_before_anything_is_done(
 ):
     arguments = ("-m", folder, "-c", "star", "-o", tmp_path / "out")
     status, _, err = run(capsys, command, *arguments)
-    assert status == 1 and "the command line knows no other; in Python expunge.audit" in err
+    assert status == 1 and "has no judge of its own; name one with --judge" in err
     assert not (tmp_path / "out").exists()
