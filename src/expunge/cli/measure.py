@@ -27,9 +27,7 @@ PAPER = ("fid", "fid-to-original", "kid-clean-fid")
 METRICS = (*DISTANCES, *CLIP, *PAIRS, *PAPER)
 
 METRICS_HELP = f"{', '.join(METRICS)}, or a nudity protocol like `nudenet/mace`; repeatable."
-FEATURES_HELP = (
-    "Whose features distances use: `world-oracle`, a folder, or a hub id of a vision model."
-)
+FEATURES_HELP = "Whose features distances use: `world-oracle`, `world-clip`, a folder, or a hub id of a vision model."
 CLIP_HELP = "The CLIP of CLIP scores and CMMD: `world`, a folder, or a hub id."
 
 
@@ -306,6 +304,13 @@ class _Work:
             from ..world.judge import OracleJudge
 
             return judge_features(OracleJudge())
+        if where == "world-clip":
+            from ..world.adapter import companions
+
+            own = companions().clip
+            assert own is not None
+            score = own()
+            return clip_features(score.model, score.name, _pixels(score.mean, score.std))
         return open_features(where, self.device)
 
     def _scorer(self, scale: str) -> Any:

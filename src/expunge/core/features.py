@@ -24,7 +24,7 @@ import torch
 from ..edit.files import atomic_write
 from ..errors import InputError, ModelError
 from ..method import Judge
-from .vision import CLIP_MEAN, CLIP_STD, pixel_statistics, pixels
+from .vision import CLIP_MEAN, CLIP_STD, model_name, pixel_statistics, pixels
 
 __all__ = [
     "FeatureCache",
@@ -162,7 +162,7 @@ def vision_features(
 
 
 def open_features(where: str, device: str = "cpu") -> Features:
-    """Features of a vision model in a folder or on the hub, named as it was asked for.
+    """Features of a vision model in a folder or on the hub, named by :func:`model_name`.
 
     Raises:
         ModelError: It cannot be opened, or has no vision tower.
@@ -176,7 +176,7 @@ def open_features(where: str, device: str = "cpu") -> Features:
         first = str(error).splitlines()[0]
         raise ModelError(f"features {where!r}: no vision model can be opened ({first})") from None
     processor = pixel_statistics(where)
-    name = Path(where).name if Path(where).is_dir() else where
+    name = model_name(where)
     if hasattr(model, "get_image_features") and hasattr(config, "vision_config"):
         return clip_features(model, name, processor)
     if getattr(model, "main_input_name", "pixel_values") != "pixel_values":

@@ -5,6 +5,7 @@ No image processor of a library is used: some ask for torchvision even where the
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "Embed", "pixel_statistics", "pixels", "vision_encoder"]
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "Embed",
+    "model_name",
+    "pixel_statistics",
+    "pixels",
+    "vision_encoder",
+]
 
 # What CLIP image processors use unless their configuration says otherwise.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -84,6 +93,22 @@ def vision_encoder(
         return torch.cat(parts)
 
     return embed
+
+
+def model_name(where: str) -> str:
+    """What a model is called in the id of a number: its hub id, or its folder's name with a digest of its weights.
+
+    Two folders of one name must not pass for the same model.
+    """
+    place = Path(where)
+    if not place.is_dir():
+        return where
+    digest = hashlib.sha256()
+    for file in sorted(place.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            for block in iter(lambda: stream.read(2**22), b""):
+                digest.update(block)
+    return f"{place.resolve().name}#{digest.hexdigest()[:8]}"
 
 
 def pixel_statistics(where: str) -> Any:

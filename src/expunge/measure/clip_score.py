@@ -16,7 +16,6 @@ with another's.  :class:`ClipZeroShot` classifies pictures by the same cosines (
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ import torch
 
 from ..concept import Concept
 from ..core.resampling import bootstrap_mean, rate
-from ..core.vision import CLIP_MEAN, CLIP_STD, pixel_statistics, pixels
+from ..core.vision import CLIP_MEAN, CLIP_STD, model_name, pixel_statistics, pixels
 from ..errors import InputError, ModelError, ProtocolError, SettingError, nearest
 from ..method import Judge, Measurement, Metric, Outputs, Prompt, Verdicts
 
@@ -234,7 +233,7 @@ class ClipScore(Metric):
 
 
 def open_clip_score(where: str, device: str = "cpu") -> ClipScore:
-    """The CLIP score of a CLIP in a folder or on the hub, named as it was asked for.
+    """The CLIP score of a CLIP in a folder or on the hub, named by its hub id or its folder and weights.
 
     Raises:
         ModelError: It cannot be opened.
@@ -247,8 +246,7 @@ def open_clip_score(where: str, device: str = "cpu") -> ClipScore:
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise ModelError(f"no CLIP can be opened at {where!r} ({first})") from None
-    name = Path(where).name if Path(where).is_dir() else where
-    return ClipScore(model, tokenizer, name, pixel_statistics(where))
+    return ClipScore(model, tokenizer, model_name(where), pixel_statistics(where))
 
 
 class ClipZeroShot(Judge):
