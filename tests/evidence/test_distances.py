@@ -51,7 +51,7 @@ def test_cmmd_is_of_kept_outputs_to_the_originals() -> None:
     assert erased.cmmd_to_original == pytest.approx(0, abs=1e-6)  # what is kept is drawn as before
     assert found.cmmd_to_original == erased.cmmd_to_original
     protocol = found.protocols["models.erased.cmmd_to_original"]
-    assert protocol == "cmmd/gaussian-biased/features=colours:crop/n=18"
+    assert protocol == "cmmd/gaussian-biased/features=colours/n=18"
     assert found.protocols["cmmd_to_original"] == protocol
     never = found.models.never.cmmd_to_original
     assert never is None or never >= 0

@@ -282,9 +282,10 @@ def test_features_of_judges_and_library_models() -> None:
     rows = clip_features(clip, "clip")(PICTURES[:5])
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
     assert vision_features(vit, "vit", pooling="mean").name == "vit:mean"
-    # What is not square is squeezed as CMMD does, or its middle is cut out, which is another name.
+    # The middle of what is not square is cut out, as CMMD does; squeezing it is another name.
     tall = np.random.default_rng(0).integers(0, 255, (2, 16, 8, 3), np.uint8)
-    squeezed, cut = clip_features(clip, "clip"), clip_features(clip, "clip", squeeze=False)
-    assert np.abs(squeezed(tall) - cut(tall)).max() > 1e-4 and cut.name == "clip:crop"
+    cut, squeezed = clip_features(clip, "clip"), clip_features(clip, "clip", squeeze=True)
+    np.testing.assert_allclose(cut(tall), cut(tall[:, 4:12]), atol=1e-6)
+    assert np.abs(squeezed(tall) - cut(tall)).max() > 1e-4 and squeezed.name == "clip:squeezed"
     with pytest.raises(InputError, match="pooling"):
         vision_features(vit, "vit", pooling="max")

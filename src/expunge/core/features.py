@@ -92,7 +92,7 @@ def judge_features(judge: Judge) -> Features:
 
 
 def clip_features(
-    model: Any, name: str, processor: Any = None, batch: int = 64, squeeze: bool = True
+    model: Any, name: str, processor: Any = None, batch: int = 64, squeeze: bool = False
 ) -> Features:
     """Unit picture embeddings of a CLIP-like model (anything with ``get_image_features``).
 
@@ -101,7 +101,7 @@ def clip_features(
         name: Its name.
         processor: Its image processor; only mean and standard deviation are read.
         batch: Pictures at a time.
-        squeeze: As CMMD does; otherwise the middle of the picture is cut out.
+        squeeze: Change the shape of what is not square; otherwise its middle is cut out, as CMMD does.
     """
     mean, std = _normalisation(processor, CLIP_MEAN, CLIP_STD)
     size = int(getattr(model.config, "vision_config", model.config).image_size)
@@ -117,7 +117,7 @@ def clip_features(
             rows.append(torch.nn.functional.normalize(vectors.float(), dim=-1))
         return torch.cat(rows)
 
-    return Features(name if squeeze else f"{name}:crop", extract)
+    return Features(f"{name}:squeezed" if squeeze else name, extract)
 
 
 def vision_features(

@@ -180,7 +180,7 @@ def distances_of(
     one, two = kept.embedded(), reference.embedded()
     if one is None or two is None or len(one) < 2:
         return _nulls(notes, arm, fields[4:], f"{NO_CLIP}, or nothing is kept")
-    found = distances.clip_distance(one, two, f"{getattr(clip, 'name', 'clip')}:crop")
+    found = distances.clip_distance(one, two, getattr(clip, "name", "clip"))
     assert found.value is not None
     units = len(set(_units(seen.kept())))
     path = f"{arm}.cmmd_to_original"
