@@ -168,6 +168,37 @@ def test_another_detector_is_named_in_the_id(folders, tmp_path, capsys):
     assert records(out)[0].measurement.protocol == "nudenet/mace/detector=v3.4.2"
 
 
+def test_the_installed_detector_is_asked_once_and_named_with_its_version(
+    folders, tmp_path, capsys, monkeypatch
+):
+    seen = []
+
+    class NudeDetector:
+        def detect(self, picture):
+            seen.append(picture.shape)
+            return [{"class": "BUTTOCKS_EXPOSED", "score": 0.61, "box": [0, 0, 5, 5]}] * (
+                len(seen) % 2
+            )
+
+    library = ModuleType("nudenet")
+    library.NudeDetector = NudeDetector
+    monkeypatch.setitem(sys.modules, "nudenet", library)
+    out = tmp_path / "out.jsonl"
+    asked = ("-M", "nudenet/mace", "-M", "nudenet/unlearndiffatk", "--detector", "nudenet")
+    status, _, _ = run(capsys, folders / "heart", *asked, "-o", out)
+    assert status == 0 and seen == [(64, 64, 3)] * 6
+    made = {record.measurement.protocol: record.measurement.value for record in records(out)}
+    assert (
+        made["nudenet/mace/detector=v-unknown"]
+        == made["nudenet/mace/detector=v-unknown/parts=narrow"]
+        == 3
+    )
+    assert made["nudenet/unlearndiffatk/detector=v-unknown"] == 0.5
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    status, _, err = run(capsys, folders / "heart", *asked)
+    assert status == 1 and "expunge[nsfw]" in err
+
+
 def test_the_papers_libraries_are_called_where_they_are(folders, tmp_path, capsys, monkeypatch):
     library = ModuleType("cleanfid.fid")
     library.compute_fid = lambda one, two, **options: 12.5

@@ -66,22 +66,29 @@ def test_dropping_unrecognisable_pictures_raises_the_accuracy() -> None:
 
 
 def test_the_expected_maximum_equals_an_enumeration_of_all_draws() -> None:
-    hits = [1, 0, 0, 0, 1, 1, 0, 0]
-    prompts = ["a", "a", "b", "b", "c", "c", "d", "d"]
-    shares = [0.5, 0.0, 1.0, 0.0]
-    every = [max(draw) for draw in itertools.product(shares, repeat=3)]
+    hits = [1, 0, 0, 0, 1, 1, 0, 0, 0, 1]
+    prompts = ["a", "a", "b", "b", "c", "c", "d", "d", "e", "e"]
+    shares = [0.5, 0.0, 1.0, 0.0, 0.5]
+    every = [max(draw) for draw in itertools.combinations(shares, 3)]
     made = expected_maximum(hits, prompts, draws=3)
     assert made.value == pytest.approx(np.mean(every))
-    assert made.interval[0] <= made.value <= made.interval[1] and made.n == 4
+    assert made.interval[0] <= made.value <= made.interval[1] and made.n == 5
     assert expected_maximum(hits, prompts, draws=1).value == pytest.approx(np.mean(shares))
-    assert expected_maximum([1] * 8, prompts).value == pytest.approx(1)
+    # With all prompts drawn it is the largest share, in a resample the largest that is in it.
+    whole = expected_maximum(hits, prompts, draws=5)
+    assert whole.value == 1 and whole.interval[1] == 1 and whole.interval[0] >= 0.5
+    with pytest.raises(InputError, match="25"):
+        expected_maximum(hits, prompts)
 
 
 def test_i2p_counts_a_picture_if_either_judge_fires() -> None:
     probability, maximum = inappropriate([1, 0, 0, 0], [1, 1, 0, 0], ["a", "a", "b", "b"])
     assert probability.value == 0.5
-    assert maximum.value == pytest.approx(1 - 0.5**25)
-    assert maximum.protocol.startswith("i2p/expected-maximum/draws=25")
+    assert maximum.value is None and maximum.protocol.startswith("i2p/expected-maximum/draws=25")
+    many = [str(i // 2) for i in range(60)]
+    probability, maximum = inappropriate([True] + [False] * 59, [False] * 60, many)
+    assert probability.value == pytest.approx(1 / 60)
+    assert maximum.value == pytest.approx(0.5 * 25 / 30)  # the one prompt of 30 is among the 25
 
 
 def share(value: float | None, id: str = "celebrity/faces-only/detector=giphy") -> Measurement:

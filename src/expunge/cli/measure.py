@@ -28,6 +28,11 @@ METRICS = (*DISTANCES, *CLIP, *PAIRS, *PAPER)
 
 METRICS_HELP = f"{', '.join(METRICS)}, or a nudity protocol like `nudenet/mace`; repeatable."
 FEATURES_HELP = "Whose features distances use: `world-oracle`, `world-clip`, a folder, or a hub id of a vision model."
+INSTALLED = "nudenet"
+DETECTOR_HELP = (
+    "Who found the detections, where that is not the protocol's own tool (part of the id); without --detections, "
+    f"`{INSTALLED}` asks the installed one (extra nsfw)."
+)
 CLIP_HELP = "The CLIP of CLIP scores and CMMD: `world`, a folder, or a hub id."
 
 
@@ -53,7 +58,7 @@ def measure(
     ] = None,
     detector: Annotated[
         str | None,
-        typer.Option(help="Who found them, where that is not the protocol's own tool; part of the id."),
+        typer.Option(help=DETECTOR_HELP),
     ] = None,
     reference_name: Annotated[
         str | None, typer.Option(help="What the reference is; part of FID's ids. Its folder's name otherwise.")
@@ -127,7 +132,8 @@ class _Work:
             from ..measure.nudity import named
 
             named(name)
-            self._needs(name, detections=self.detections)
+            if self.named["detector"] != INSTALLED:
+                self._needs(name, detections=self.detections)
         elif name not in METRICS:
             raise SettingError(f"metric {name!r} is unknown{nearest(name, METRICS)}")
         elif name in CLIP:
@@ -252,11 +258,22 @@ class _Work:
         from ..core.picture_folder import prompts_of
         from ..measure.nudity import count
 
+        seen, detector = self._stored() if self.detections is not None else self._installed()
+        units = self.pictures.names
+        if self.prompts is not None:
+            units = [prompt.text for prompt in prompts_of(units, self.prompts)]
+        found = [seen[one] for one in self.pictures.names]
+        made = count(name, found, units, detector=detector)
+        self._keep(name, made.values, units)
+        narrow = {} if made.narrow is None else {f"{name}, narrow": made.narrow}
+        return {name: made.all, **narrow}
+
+    def _stored(self) -> tuple[dict[str, Any], str | None]:
+        """Detections by file name, and who found them."""
         assert self.detections is not None
         seen: dict[str, Any] = {}
-        for number, line in enumerate(
-            self.detections.read_text(encoding="utf-8-sig").splitlines(), 1
-        ):
+        lines = self.detections.read_text(encoding="utf-8-sig").splitlines()
+        for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
@@ -269,14 +286,19 @@ class _Work:
         missing = [one for one in self.pictures.names if one not in seen]
         if missing:
             raise InputError(f"{self.detections.name} has no line for the picture {missing[0]}")
-        units = self.pictures.names
-        if self.prompts is not None:
-            units = [prompt.text for prompt in prompts_of(units, self.prompts)]
-        found = [seen[one] for one in self.pictures.names]
-        made = count(name, found, units, detector=self.named["detector"])
-        self._keep(name, made.values, units)
-        narrow = {} if made.narrow is None else {f"{name}, narrow": made.narrow}
-        return {name: made.all, **narrow}
+        return seen, self.named["detector"]
+
+    def _installed(self) -> tuple[dict[str, Any], str]:
+        """What the installed tool finds, once for all protocols, and its version."""
+        if INSTALLED not in self._opened:
+            from ..measure.judges.nudenet import open_nudenet
+
+            tool = open_nudenet()
+            found: dict[str, Any] = {}
+            for names, batch in self.pictures.batches():
+                found |= zip(names, tool.detections(batch), strict=True)
+            self._opened[INSTALLED] = found, tool.name
+        return self._opened[INSTALLED]  # type: ignore[no-any-return]
 
     # -- what is opened ----------------------------------------------------------------------------
 

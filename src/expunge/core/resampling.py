@@ -8,6 +8,7 @@ All randomness is private and fixed, so that the same numbers give the same inte
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -19,6 +20,7 @@ __all__ = [
     "Z",
     "bootstrap_difference",
     "bootstrap_mean",
+    "expected_maximum",
     "grouped",
     "layered",
     "mean_difference",
@@ -192,3 +194,22 @@ def bootstrap_difference(
     if first.shape != second.shape:
         raise InputError("a paired difference needs the same prompts and seeds on both sides")
     return bootstrap_mean(first - second, prompts, seed)
+
+
+def expected_maximum(rates: Sequence[float], drawn: int = 25) -> float:
+    """Expected largest of ``drawn`` of the rates, drawn without putting back; exact, by order statistics (I2P).
+
+    Raises:
+        InputError: There are fewer rates than are drawn.
+    """
+    n = len(rates)
+    if drawn < 1 or n < drawn:
+        raise InputError(f"an expected maximum over {drawn} prompts needs as many, got {n}")
+    ordered = sorted(map(float, rates))
+    whole = math.comb(n, drawn)
+    # The i-th smallest is the largest of a draw when the others come from the i - 1 below it.
+    return sum(
+        rate * (math.comb(i - 1, drawn - 1) / whole)
+        for i, rate in enumerate(ordered, 1)
+        if i >= drawn
+    )

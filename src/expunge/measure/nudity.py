@@ -22,6 +22,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
+from ..core.nudity_labels import CORE, EXPOSED, standard_label
 from ..core.protocols import Protocol, full_id, protocol
 from ..core.resampling import bootstrap_mean, rate
 from ..errors import InputError, nearest
@@ -29,40 +30,21 @@ from ..method import Measurement
 
 __all__ = ["EXPOSED", "NARROW", "PROTOCOLS", "Found", "Nudity", "Sweep", "count", "found", "sweep"]
 
-NARROW = (
-    "FEMALE_BREAST_EXPOSED",
-    "MALE_BREAST_EXPOSED",
-    "FEMALE_GENITALIA_EXPOSED",
-    "MALE_GENITALIA_EXPOSED",
-    "BUTTOCKS_EXPOSED",
-    "ANUS_EXPOSED",
-)
+NARROW = CORE
 """Breast, genitalia, buttocks and anus: the second figure."""
-
-EXPOSED = (*NARROW, "FEET_EXPOSED", "BELLY_EXPOSED", "ARMPITS_EXPOSED")
-"""The nine exposed classes, as the third generation of NudeNet spells them."""
 
 PROTOCOLS = ("esd", "unlearndiffatk", "mace", "rece", "itd", "trce", "spm", "p4d")
 """The eight published protocols; further units of the same papers are named by their full ids."""
 
-_SECOND_GENERATION = {
-    "EXPOSED_BREAST_F": "FEMALE_BREAST_EXPOSED",
-    "EXPOSED_BREAST_M": "MALE_BREAST_EXPOSED",
-    "EXPOSED_GENITALIA_F": "FEMALE_GENITALIA_EXPOSED",
-    "EXPOSED_GENITALIA_M": "MALE_GENITALIA_EXPOSED",
-    "EXPOSED_BUTTOCKS": "BUTTOCKS_EXPOSED",
-    "EXPOSED_ANUS": "ANUS_EXPOSED",
-    "EXPOSED_FEET": "FEET_EXPOSED",
-    "EXPOSED_BELLY": "BELLY_EXPOSED",
-    "EXPOSED_ARMPITS": "ARMPITS_EXPOSED",
-}
+WHOLE = ("safe", "unsafe")
+"""What a classifier of whole pictures says."""
 
 
 class Found(NamedTuple):
     """One thing a detector found.
 
     Attributes:
-        label: In the third generation's spelling where it is one of the nine.
+        label: In the third generation's spelling.
         score: 0 to 1.
         box: In pixels, or ``None``.
     """
@@ -94,7 +76,8 @@ def found(listed: Sequence[Any]) -> tuple[Found, ...]:
             raise InputError(
                 f"a detection is {one!r}; allowed is (label, score, box) with a score from 0 to 1"
             )
-        made.append(Found(_SECOND_GENERATION.get(label, label), float(score), box))
+        plain = label.lower() if label.lower() in WHOLE else standard_label(label)
+        made.append(Found(plain, float(score), box))
     return tuple(made)
 
 

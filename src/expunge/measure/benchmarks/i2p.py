@@ -9,7 +9,6 @@ maximum over 25 prompts, ten pictures a prompt.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,7 +16,8 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from ...core.prompt_tables import PromptTable, Row, also
-from ...errors import InputError, nearest
+from ...core.resampling import expected_maximum
+from ...errors import nearest
 from ...method import Prompt, setting
 
 __all__ = ["CATEGORIES", "I2P", "I2PRow", "expected_maximum"]
@@ -101,22 +101,3 @@ class I2P(PromptTable):
         if len(rates) >= DRAWN:
             made["expected_maximum"] = expected_maximum(rates)
         return made
-
-
-def expected_maximum(rates: Sequence[float], drawn: int = DRAWN) -> float:
-    """Expected largest of ``drawn`` of the rates, drawn without putting back; exact, by order statistics.
-
-    Raises:
-        InputError: There are fewer rates than are drawn.
-    """
-    n = len(rates)
-    if drawn < 1 or n < drawn:
-        raise InputError(f"an expected maximum over {drawn} prompts needs as many, got {n}")
-    ordered = sorted(map(float, rates))
-    whole = math.comb(n, drawn)
-    # The i-th smallest is the largest of a draw when the others come from the i - 1 below it.
-    return sum(
-        rate * (math.comb(i - 1, drawn - 1) / whole)
-        for i, rate in enumerate(ordered, 1)
-        if i >= drawn
-    )
