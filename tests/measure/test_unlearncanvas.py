@@ -232,6 +232,9 @@ def test_a_grid_is_drawn_and_named_by_any_judge():
     made = rates(forgot, "Van_Gogh", judge="reader/1")
     assert (made.ua.value, made.ira.value, made.cra.value) == (1, 1, 1)
     assert made.unrecognisable == 0.25
+    assert made.confidence == pytest.approx(
+        0.75
+    )  # the reader is sure of what it reads, and of nothing else
     with pytest.raises(InputError, match="no cell"):
         canvas(Blank(), [], Reader())
 

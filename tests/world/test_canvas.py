@@ -88,6 +88,7 @@ def test_rendered_truth_has_rates_that_the_oracle_allows():
     noise = world_canvas(Renderer(noise=True), "dotted", **small)
     # A destroyed model forgets everything: perfect UA, nothing kept, nothing recognised.
     assert noise.ua.value == 1 and noise.ira.value <= 0.1 and noise.unrecognisable >= 0.9
+    assert noise.confidence < whole.confidence
     assert "world-oracle" in whole.ua.protocol
 
 

@@ -90,6 +90,7 @@ class Cell:
         style, object: What it was asked to show.
         seed: Of its noise.
         seen_style, seen_object: What the classifiers name; ``None`` where nothing is recognised, counted as wrong.
+        confidence: The lower of the two best scores, where the judge gives scores.
     """
 
     style: str
@@ -97,16 +98,25 @@ class Cell:
     seed: int = 0
     seen_style: str | None = None
     seen_object: str | None = None
+    confidence: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """The three numbers of one model, each a share from 0 to 1, and the share of pictures nobody recognises."""
+    """The three numbers of one model, and what says whether they mean anything.
+
+    Attributes:
+        ua, ira, cra: Shares from 0 to 1.
+        unrecognisable: Share of pictures that nobody recognises.
+        confidence: Mean confidence of the judge, where it gives one: a classifier names something in a broken picture
+            too, but is not sure of it.
+    """
 
     ua: Measurement
     ira: Measurement | None
     cra: Measurement | None
     unrecognisable: float
+    confidence: float | None = None
 
 
 def grid(
@@ -294,7 +304,8 @@ def rates(
         scope = "all" if cross_with_forgotten else "others"
         cra = Measurement(value, full_id("unlearncanvas/cra", **common, over=scope), n, interval)
     lost = np.mean([cell.seen_style is None or cell.seen_object is None for cell in cells])
-    return Rates(ua, ira, cra, float(lost))
+    sure = [cell.confidence for cell in cells if cell.confidence is not None]
+    return Rates(ua, ira, cra, float(lost), float(np.mean(sure)) if sure else None)
 
 
 def average(models: Sequence[Rates]) -> Rates:
@@ -323,7 +334,8 @@ def average(models: Sequence[Rates]) -> Rates:
     ua = mean("ua")
     assert ua is not None
     lost = float(np.mean([model.unrecognisable for model in models]))
-    return Rates(ua, mean("ira"), mean("cra"), lost)
+    sure = [model.confidence for model in models if model.confidence is not None]
+    return Rates(ua, mean("ira"), mean("cra"), lost, float(np.mean(sure)) if sure else None)
 
 
 def canvas(
@@ -359,19 +371,25 @@ def canvas(
         made = outputs(model, prompts, batch=batch, cache=cache, **options)
         style = _best(judge, made, styles, prompts)
         thing = _best(judge, made, things, prompts)
-        for (cell, _), s, t in zip(part, style, thing, strict=True):
-            judged.append(dataclasses.replace(cell, seen_style=s, seen_object=t))
+        for (cell, _), (s, one), (t, two) in zip(part, style, thing, strict=True):
+            judged.append(
+                dataclasses.replace(cell, seen_style=s, seen_object=t, confidence=min(one, two))
+            )
     return judged
 
 
 def _best(
     judge: Judge, made: Any, concepts: Sequence[Concept], prompts: Sequence[Prompt]
-) -> list[str | None]:
+) -> list[tuple[str | None, float]]:
+    """The best concept of each picture, ``None`` where it is not recognised, and its score."""
     verdicts = [judge.judge(made, concept, prompts) for concept in concepts]
     scores = np.stack([verdict.score for verdict in verdicts])
     fine = np.stack([verdict.recognisable for verdict in verdicts]).min(0)
     best = scores.argmax(0)
-    return [concepts[b].name if ok else None for b, ok in zip(best, fine, strict=True)]
+    return [
+        (concepts[b].name if ok else None, float(scores[b, place]))
+        for place, (b, ok) in enumerate(zip(best, fine, strict=True))
+    ]
 
 
 def _units(cells: Sequence[Cell]) -> list[str]:
