@@ -1,11 +1,11 @@
-"""Templates of textual inversion (arXiv 2208.01618): prompts around a word for an object, or for a style.
+"""Templates of textual inversion (arXiv 2208.01618): prompts around a word for an object, a style, or a person.
 
 Several erasers and attacks train on prompts drawn from these lists; which one goes by the kind of the concept.
 """
 
 from __future__ import annotations
 
-__all__ = ["OBJECT", "STYLE", "inversion_templates"]
+__all__ = ["OBJECT", "PERSON", "STYLE", "inversion_templates"]
 
 OBJECT = (
     "a photo of a {}", "a rendering of a {}", "a cropped photo of the {}", "the photo of a {}",
@@ -31,6 +31,10 @@ STYLE = (
 """19 of them; two stand there twice, as in the published list, and are drawn twice as often."""
 
 
+PERSON = ("a photo portrait of {}", "a DSLR portrait of {}")
+"""Both of concept inversion's (arXiv 2308.01508)."""
+
+
 def inversion_templates(kind: str) -> tuple[str, ...]:
-    """The list for a kind of concept."""
+    """The list for a kind of concept: that of styles, or that of objects for all others."""
     return STYLE if kind == "style" else OBJECT

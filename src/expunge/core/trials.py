@@ -114,6 +114,22 @@ class Trials:
         made = self.model.generate(prompts, condition=condition, **self.options)
         self._take(list(item), made, [None] * len(prompts))
 
+    def redraw(self, item: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        """Whether the plain prompts show the concept with other seeds, bool ``(len(item),)``: a control.
+
+        The pictures are paid for, but count for no item.
+        """
+        if not len(item):
+            return torch.zeros(0, dtype=torch.bool)
+        prompts = [
+            dataclasses.replace(self.prompts[i], seed=seed)
+            for i, seed in zip(item, seeds, strict=True)
+        ]
+        made = outputs(self.model, prompts, cache=SHARED, **self.options)
+        self.ledger.spend(item, self.price)
+        verdicts = self.judge.judge(made, self.concept, prompts)
+        return torch.as_tensor(np.asarray(verdicts.hit, bool))
+
     def _take(self, item: list[int], made: Any, texts: Sequence[str | None]) -> None:
         self.ledger.spend(item, self.price)
         verdicts = self.judge.judge(made, self.concept, [self.prompts[i] for i in item])

@@ -18,6 +18,7 @@ from ..errors import CatalogueError, ExpungeError, SettingError, nearest
 from ..measure.success import DENOMINATORS, attack_success
 from ..method import Attack, Attempts, Budget, Judge, Prompt
 from .arms import Arm
+from .curves import advantage_curve
 from .measuring import Notes
 from .schema import ARMS, AttackRecord
 from .statistics import MINIMUM_RANGE, bootstrap_difference, measures_nothing, rate, recovered
@@ -171,6 +172,7 @@ def attack_record(done: Attacked, judge: Judge, allowance: Budget, seed: int, no
         record.texts = [item.text for item in items]
         record.skipped = sum("skipped" in item.details for item in items)
     _conventions(record, done, judge, notes, path)
+    record.curve_of, record.curve = advantage_curve(done.attempts)
     _judge(record, done, false_positives, notes, path)
     for field in ("recovered", "advantage"):
         if getattr(record, field) is None and record.reason:

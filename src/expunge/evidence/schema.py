@@ -19,6 +19,7 @@ __all__ = [
     "ArmRecord",
     "AttackRecord",
     "ConceptFields",
+    "CurvePoint",
     "EditRecord",
     "EvidenceFields",
     "Flag",
@@ -88,6 +89,20 @@ class Models(Strict):
     never: ArmRecord | None = None
 
 
+class CurvePoint(Strict):
+    """What the arms show at one point of a teaching attack's budget, whatever the plain prompt showed."""
+
+    at: float = Field(description="How many of what curve_of names.")
+    hit_original: Rate = None
+    hit_erased: Rate = None
+    hit_never: Rate = None
+    advantage: float | None = Field(default=None, description="hit_erased - hit_never.")
+    interval: Interval | None = Field(default=None, description="95 % interval of advantage.")
+    recovered: float | None = Field(
+        default=None, description="(erased - never) / (original - never), where that range is 0.1."
+    )
+
+
 class AttackRecord(Strict):
     """One attack at one budget on all arms; rates count each attacked prompt."""
 
@@ -121,6 +136,12 @@ class AttackRecord(Strict):
     )
     interval: Interval | None = Field(default=None, description="95 % interval of recovered.")
     advantage: float | None = Field(default=None, description="hit_erased - hit_never.")
+    curve_of: str | None = Field(
+        default=None, description="What the points of the curve count: updates, steps, strength."
+    )
+    curve: list[CurvePoint] = Field(
+        default_factory=list, description="Teaching attacks along their budget, ascending."
+    )
     status: Literal["valid", "measures-nothing", "void", "unchecked", "failed"]
     reason: str | None = Field(
         default=None, description="Why recovered is null or the attack is not valid."

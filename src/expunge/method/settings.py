@@ -150,10 +150,13 @@ def _check(method: str, field: dataclasses.Field[Any], value: Any) -> None:
     if value is None or not meta:
         return
     choices = meta.get("choices")
-    if choices is not None and value not in choices:
-        raise SettingError(
-            f"{method}: {field.name} is {value!r}{nearest(str(value), [str(c) for c in choices])}"
-        )
+    # A list of choices is held to them entry by entry.
+    entries = value if isinstance(value, tuple) and value not in (choices or ()) else (value,)
+    for entry in entries if choices is not None else ():
+        if entry not in choices:
+            raise SettingError(
+                f"{method}: {field.name} is {entry!r}{nearest(str(entry), [str(c) for c in choices])}"
+            )
     low, high = meta.get("minimum"), meta.get("maximum")
     if low is None and high is None:
         return

@@ -27,6 +27,7 @@ from .layouts import layout_of
 from .remembered import RememberedTexts
 from .samplers import Sampler, alpha_sigma, prediction_kind
 from .types import Condition, Context, Prediction, PredictionKind, TextInput
+from .walks import Source, walk
 
 __all__ = ["DiffusionModel"]
 
@@ -342,49 +343,23 @@ class DiffusionModel(Model):
         stop: int | None = None,
         guidance: float | Tensor | None = None,
         negative: str = "",
+        source: Source | None = None,
     ) -> Tensor:
         """Latents ``(n, c, h, w)`` of ``steps`` steps; one guidance or one a row.
 
         With ``stop`` below the number of timesteps: what the denoiser is to be given at ``timesteps[stop]``.
+        With ``source`` the walk sets out from pictures (see :mod:`expunge.models.walks`).
         """
-        steps = self.steps if steps is None else steps
-        guidance = self.guidance if guidance is None else guidance
-        if steps < 1:
-            raise PromptError(f"steps is {steps}; at least 1 is needed")
-        sampler = self.sampler(steps, [noise_generator(s, "sampler noise") for s in seeds])
-        count = len(seeds)
-        latents = sampler.start(self.initial_noise(seeds))
-        weight = torch.as_tensor(guidance, device=self.device, dtype=self.dtype).expand(count)
-        both = self.two_branches and sampler.guided and bool((weight != 1.0).any())
-        if not self.two_branches:
-            condition = self.with_guidance(condition, weight)
-        if negative and not self.two_branches:
-            raise PromptError(f"{self.name}: {self.layout.title} has no branch for a negative text")
-        if both:
-            condition = Condition.concatenate(
-                [self.unconditional(negative).repeat(count), condition]
-            )
-        conditional = torch.tensor([False] * count * both + [True] * count)
-        context = Context(
-            steps=len(sampler.times), conditional=conditional, negative=negative, guidance=weight
+        return walk(
+            self,
+            condition,
+            seeds,
+            steps=self.steps if steps is None else steps,
+            stop=stop,
+            guidance=self.guidance if guidance is None else guidance,
+            negative=negative,
+            source=source,
         )
-        for control in self.acting:
-            control.start(context)
-        for step, time in enumerate(sampler.times[:stop]):
-            context.step = step
-            scaled = sampler.seen(latents, time)
-            rows = torch.cat([scaled, scaled]) if both else scaled
-            prediction = self.predict(rows, time.reshape(1), condition, context)
-            if both:
-                prediction = prediction.select(slice(count, None)).guided(
-                    prediction.select(slice(count)), weight.reshape(-1, 1, 1, 1)
-                )
-            latents = sampler.step(prediction.value, time, latents)
-        for control in self.acting:
-            latents = control.finish(context, latents)
-        if stop is not None and stop < len(sampler.times):
-            latents = sampler.seen(latents, sampler.times[stop])
-        return latents
 
     def partial(
         self, condition: Condition, seeds: Sequence[int], *, steps: int, stop: int, guidance: float

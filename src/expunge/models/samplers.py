@@ -122,11 +122,34 @@ class Sampler:
             )
         scheduler.set_timesteps(steps, device=device, **(options or {}))
         self.times: Tensor = scheduler.timesteps
-        self.stops = range(0, len(self.times), getattr(scheduler, "order", 1))[:steps]
+        self.order: int = getattr(scheduler, "order", 1)
+        self.stops = range(0, len(self.times), self.order)[:steps]
 
     def start(self, noise: Tensor) -> Tensor:
         """What the walk begins with."""
         return noise * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def enter(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
+        """What a walk holds that begins at ``times[index]`` with clean latents under noise.
+
+        Raises:
+            UnsupportedModel: The scheduler cannot noise latents.
+        """
+        if not any(hasattr(self.scheduler, name) for name in ("scale_noise", "add_noise")):
+            raise UnsupportedModel(
+                f"{type(self.scheduler).__name__} cannot begin with a picture; allowed are schedulers that can noise "
+                "one to a timestep (add_noise, or scale_noise under flow matching)"
+            )
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(index)
+        return self.noised(clean, noise, index)
+
+    def noised(self, clean: Tensor, noise: Tensor, index: int) -> Tensor:
+        """Clean latents under noise, in the walk's own space at ``times[index]``, where it stands (:meth:`enter`)."""
+        time = self.times[index].reshape(1).to(clean.device)
+        if hasattr(self.scheduler, "scale_noise"):
+            return self.scheduler.scale_noise(clean, time, noise)
+        return self.scheduler.add_noise(clean, noise, time)
 
     def seen(self, latents: Tensor, time: Tensor) -> Tensor:
         """What the denoiser is to be given for latents that stand at ``time``."""

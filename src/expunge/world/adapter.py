@@ -29,6 +29,7 @@ __all__ = [
     "world_neighbours",
     "world_pictures",
     "world_prompts",
+    "world_spoken",
 ]
 
 VARIANTS = ("", "never", "sibling", "facts", "facts/never")
@@ -78,6 +79,7 @@ def companions() -> Companions:
         neighbours=world_neighbours,
         unrelated=UNRELATED,
         prompts=world_prompts,
+        spoken=world_spoken,
         captions=world_captions,
         clip=_clip_score,
         pictures=world_pictures,
@@ -147,6 +149,11 @@ def world_prompts(
     return [
         Prompt(p.text, seed=p.seed, concept=entry.name, labels=dict(p.labels)) for p in found[:n]
     ]
+
+
+def world_spoken(name: str, route: str) -> tuple[str, ...]:
+    """What the world calls a concept along a route, possibly nothing; routes as in :func:`world_prompts`."""
+    return captions.spoken(vocabulary.concept(name), route)
 
 
 def world_captions(n: int, seed: int = 0, without: Sequence[str] = ()) -> list[str]:

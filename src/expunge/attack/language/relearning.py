@@ -173,6 +173,7 @@ class _Asker:
         pre, final = bool(self.verdicts[0].hit[i]), bool(self.verdicts[last].hit[i])
         details = {
             "curve": {str(steps): bool(v.hit[i]) for steps, v in self.verdicts.items()},
+            "curve_of": "steps",
             "outputs": {str(steps): texts[i] for steps, texts in self.outputs.items()},
             "data": self.method.data,
             "steps": last,
