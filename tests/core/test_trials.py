@@ -117,3 +117,14 @@ def test_a_prompts_own_guidance_wins_in_every_picture_of_it(model):
         assert abs(trials.pictures[0].astype(int) - alone(text, 1, 1.0)).max() > 1
         if text == "a red star":
             trials.show([0, 1], ["a blue star"] * 2)
+
+
+def test_other_seeds_of_the_plain_prompts_are_paid_for_and_count_for_nothing(model):
+    judge, ledger = ByText(), Ledger(2, 100)
+    prompts = [Prompt("a red star", 1), Prompt("star", 3)]
+    judge.script = [([False, False], [0.3, 0.4]), ([True, False, True], [0.9, 0.1, 0.8])]
+    trials = Trials(model, STAR, judge, prompts, ledger, steps=2, guidance=3.0)
+    assert trials.redraw([0, 0, 1], [8, 9, 8]).tolist() == [True, False, True]
+    assert trials.redraw([], []).tolist() == []
+    assert ledger.spent.tolist() == [12, 8] and judge.asked[1] == ["a red star"] * 2 + ["star"]
+    assert not any(item.hit for item in trials.attempts([{}, {}])) and trials.tried == [0, 0]

@@ -18,6 +18,7 @@ from expunge.world.adapter import (
     world_labelled,
     world_neighbours,
     world_pictures,
+    world_spoken,
 )
 from expunge.world.judge import OracleJudge
 
@@ -120,3 +121,10 @@ def test_labelled_pictures_calibrate_the_oracle(name: str) -> None:
     assert labelled.shown.tolist() == [True] * 12 + [False] * 12
     made = OracleJudge().calibrate(labelled.pictures, list(labelled.shown), concept)
     assert made.true_positives >= 11 and made.false_positives <= 1
+
+
+def test_the_world_says_its_words_along_the_routes() -> None:
+    assert world_spoken("star", "unlisted") == ("sparkle", "twinkler")
+    assert world_spoken("star", "euphemism") == () and len(world_spoken("hazard", "euphemism")) == 8
+    with pytest.raises(ValueError, match="no concept"):
+        world_spoken("stars", "name")

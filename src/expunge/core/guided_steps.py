@@ -92,8 +92,8 @@ class GuidedSteps:
         self, clean: Tensor, noise: Tensor, time: Tensor, texts: Sequence[str]
     ) -> Prediction:
         """The guided prediction for texts by the same network, every edit and control lifted, beside the empty text."""
-        count = len(clean)
-        with self.model.lifted() as bare:
+        count, bare = len(clean), self.model
+        with bare.lifted():
             seen = bare.noised(clean, noise, time.expand(count))
             both = Condition.concatenate(
                 [bare.unconditional().repeat(count), bare.encode(list(texts))]

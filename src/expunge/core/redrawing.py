@@ -199,7 +199,7 @@ class Redrawing(Attack):
 
     def _targets(self, original: Any, concept: Concept, curve: Curve, seed: int) -> Targets:
         origin, count = self._origin(original, concept), len(curve.prompts)
-        options = {"steps": self.steps, "guidance": curve.options["guidance"]}
+        options: dict[str, Any] = {"steps": self.steps, "guidance": curve.options["guidance"]}
         other = other_than(original, concept) if self.shows == "other" else None
         if origin == "original":
             asked = curve.prompts
@@ -214,7 +214,7 @@ class Redrawing(Attack):
             if rendered is None:
                 raise SettingError(f"{self.id}: the world has no pictures of {other!r}")
             found = rendered
-        turn = np.arange(count) % len(found.pictures)
+        turn = [i % len(found.pictures) for i in range(count)]
         masks = None if found.masks is None else np.asarray(found.masks)[turn]
         captions = tuple(found.captions[i] for i in turn)
         return Targets(origin, Pictures(found.pictures[turn], masks, captions), 0)

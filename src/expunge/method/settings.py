@@ -150,10 +150,10 @@ def _check(method: str, field: dataclasses.Field[Any], value: Any) -> None:
     if value is None or not meta:
         return
     choices = meta.get("choices")
-    # A list of choices is held to them entry by entry.
-    entries = value if isinstance(value, tuple) and value not in (choices or ()) else (value,)
-    for entry in entries if choices is not None else ():
-        if entry not in choices:
+    # Several values are held to the choices one by one.
+    several = isinstance(value, tuple) and choices is not None and value not in choices
+    for entry in value if several else (value,):
+        if choices is not None and entry not in choices:
             raise SettingError(
                 f"{method}: {field.name} is {entry!r}{nearest(str(entry), [str(c) for c in choices])}"
             )

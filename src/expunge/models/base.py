@@ -149,7 +149,7 @@ class Companions:
         unrelated: A fixed set of names that share nothing with any reference concept.
         prompts: ``prompts(name, n, seed=0, split="development" | "test", route="name" | "phrase" |
             "unlisted" | "euphemism" | "metaphor") -> list[Prompt]``.
-        spoken: ``spoken(name, route) -> tuple[str, ...]``: the words for a concept along one of these routes.
+        spoken: ``spoken(name, route) -> tuple[str, ...]``: words for a concept along one of these routes.
         captions: ``captions(n, seed=0, without=()) -> list[str]``: development captions that speak of
             none of the named concepts, by whatever word.
         data: World-specific training data for methods that need examples.

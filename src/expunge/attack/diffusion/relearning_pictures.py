@@ -175,7 +175,7 @@ class RelearningPictures(Attack):
         self, original: Any, concept: Concept, names: Sequence[str], guidance: float, seed: int
     ) -> tuple[str, Pictures]:
         """Where the pictures come from, and the pictures; none of their captions names the concept."""
-        options = {"steps": self.steps, "guidance": guidance}
+        options: dict[str, Any] = {"steps": self.steps, "guidance": guidance}
         if self.data == "concept":
             return concept_pictures(original, concept, self.pictures, seed=seed, **options)
         found, origins = [], []

@@ -169,6 +169,7 @@ class _Asker:
         self.verdicts[steps] = self.judge.judge(texts, self.concept, self.prompts)
 
     def attempt(self, i: int, prompt: Prompt, losses: Mapping[str, Any]) -> Attempt:
+        """The record of one prompt, with every step budget."""
         last = max(self.verdicts)
         pre, final = bool(self.verdicts[0].hit[i]), bool(self.verdicts[last].hit[i])
         details = {
