@@ -46,6 +46,7 @@ from .options import (
     SiblingOption,
     WithoutGateOption,
 )
+from .ui import ui
 
 if TYPE_CHECKING:
     from ..concept import Concept
@@ -66,6 +67,7 @@ app.command()(sweeping.sweep)
 app.command()(sweeping.leaderboard)
 world_app = typer.Typer(help="The built-in world.", no_args_is_help=True)
 app.add_typer(world_app, name="world")
+app.command()(ui)
 
 
 def main() -> None:

@@ -56,13 +56,20 @@ class Cost:
 
     A row is one element of a batch in one pass.  ``counts`` only grows; use :meth:`since` for the
     cost of a stage.
+
+    Attributes:
+        watcher: Called before every pass of the model, whoever asked for it; raising stops the work there, as a
+            model that raises does.
     """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self.watcher: Callable[[], None] | None = None
 
     def add(self, component: str, rows: int, direction: str = "forward") -> None:
         """Count ``rows`` rows of one pass."""
+        if self.watcher is not None:
+            self.watcher()
         self.counts[f"{component}.{direction}"] += int(rows)
 
     def snapshot(self) -> Counter[str]:

@@ -1,0 +1,300 @@
+"""The tab that erases: concepts, a method and its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from ..concept import KINDS, Concept, common_kind
+from ..errors import InputError
+from . import choices, inputs, views
+from .requests import Erasure, unfinished
+from .windows import QUIET, spoken
+
+if TYPE_CHECKING:
+    from .layout import Page
+    from .session import Session
+    from .tab_compare import Looking
+
+__all__ = ["Erasing"]
+
+CLOSED = gr.update(choices=[], value=None)
+
+
+class Erasing:
+    """Its parts and what they do."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+        self.looking: Looking  # built after this tab
+        with gr.Tab("Erase", id="erase"):
+            with gr.Row(equal_height=False):
+                with gr.Column(min_width=280, elem_classes="x-box"):
+                    self._concepts()
+                with gr.Column(min_width=280, elem_classes="x-box"):
+                    self._method()
+            with gr.Accordion(
+                "Settings of the method",
+                open=False,
+                elem_id="settings",
+                elem_classes="x-box x-form",
+            ):
+                gr.render(inputs=[self.method, self.preset], show_progress="hidden")(self._settings)
+            with gr.Row(elem_classes="x-actions"):
+                self.erase = gr.Button(
+                    "Erase", variant="primary", min_width=120, scale=0, elem_id="erase"
+                )
+                self.look = gr.Button(
+                    "See before and after",
+                    min_width=170,
+                    scale=0,
+                    interactive=False,
+                    elem_id="look",
+                )
+            self.result = gr.HTML("")
+            with gr.Accordion("Unfinished erasures", open=False, visible=False) as self.pile:
+                gr.HTML(
+                    views.note(
+                        "Begun in this folder and interrupted. They go on from their last checkpoint."
+                    )
+                )
+                with gr.Row(elem_classes="x-joined"):
+                    self.begun = gr.Dropdown([], show_label=False, container=False, elem_id="begun")
+                    self.resume = gr.Button("Resume", min_width=90, scale=0, elem_id="resume")
+
+    def _concepts(self) -> None:
+        gr.HTML("<h2>What to forget</h2>")
+        self.concepts = gr.Dropdown(
+            [], multiselect=True, allow_custom_value=True, label="Concepts", elem_id="concepts",
+            info="Choose what the world knows, or type any name and press Enter.",
+        )  # fmt: skip
+        with gr.Column(visible=False, elem_classes="x-plain") as self.details:
+            with gr.Row(elem_classes="x-joined"):
+                self.kind = gr.Dropdown(
+                    list(KINDS), value="object", label="Kind", min_width=110, elem_id="kind"
+                )
+                self.anchor = gr.Textbox(
+                    "",
+                    label="Anchor",
+                    placeholder="left to the method",
+                    min_width=110,
+                    elem_id="anchor",
+                )
+            self.phrases = gr.Textbox("", label="Other phrasings", placeholder="separated by commas", elem_id="phrases",
+                                      info="Texts that mean the same; all of them are erased.")  # fmt: skip
+        self.keep = gr.Dropdown([], multiselect=True, allow_custom_value=True, label="Preserve", elem_id="keep",
+                                info="What the method is told to leave alone.")  # fmt: skip
+        self.neighbours = gr.Button(
+            "Add the concept's neighbours", size="sm", visible=False, elem_id="neighbours"
+        )
+
+    def _method(self) -> None:
+        gr.HTML("<h2>How</h2>")
+        self.method = gr.Dropdown([], label="Method", elem_id="method")
+        self.about = gr.HTML("")
+        with gr.Row(elem_classes="x-joined"):
+            self.preset = gr.Dropdown([], label="Preset", min_width=130, elem_id="preset")
+            self.seed = gr.Textbox("0", label="Seed", min_width=80, elem_id="seed")
+
+    # -- a model was opened ------------------------------------------------------------------------
+
+    @property
+    def on_open_parts(self) -> list[Any]:
+        """What :meth:`on_open` gives values to."""
+        return [self.concepts, self.keep, self.neighbours, self.method, self.pile, self.begun]
+
+    def on_open(self, session: Session) -> list[Any]:
+        """Choices of an open model."""
+        known = [(c.label, c.id) for c in choices.concepts(session.model)]
+        methods = [(c.label, c.id) for c in session.methods()]
+        ids = [id for _, id in methods]
+        first = next((id for id in ("rece", "uce") if id in ids), ids[0] if ids else None)
+        return [
+            gr.update(choices=known, value=[]), gr.update(choices=known, value=[]), gr.update(visible=False),
+            gr.update(choices=methods, value=first), *self._pile(session),
+        ]  # fmt: skip
+
+    def _pile(self, session: Session) -> list[Any]:
+        begun = [(f"{', '.join(r.wanted.names)} with {r.method}", name) for name, r in unfinished(session.desk.runs)
+                 if r.model == session.name]  # fmt: skip
+        return [gr.update(visible=bool(begun), label=f"Unfinished erasures ({len(begun)})"),
+                gr.update(choices=begun, value=begun[0][1] if begun else None)]  # fmt: skip
+
+    # -- what happens ------------------------------------------------------------------------------
+
+    def wire(self, looking: Looking, all_tabs: Any) -> None:
+        """Events."""
+        self.looking, of = looking, self.page.windows.of
+
+        def told(chosen: list[str], method: str | None, request: gr.Request) -> list[Any]:
+            session = of(request)
+            if session.name is None:
+                return [gr.skip()] * 6
+            one = _known(session, chosen[0]) if len(chosen) == 1 else None
+            world = session.model.companions is not None
+            kind = (
+                one.kind
+                if one is not None
+                else common_kind([_known(session, name) for name in chosen])
+            )
+            return [
+                gr.update(visible=len(chosen) == 1), one.kind if one else "object", one.anchor or "" if one else "",
+                ", ".join(one.phrases) if one else "", gr.update(visible=bool(chosen) and world), *_presets(method, kind, world)[:1],
+            ]  # fmt: skip
+
+        def described(
+            method: str | None, chosen: list[str], kind: str, request: gr.Request
+        ) -> list[Any]:
+            session = of(request)
+            world = session.name is not None and session.model.companions is not None
+            known = kind if len(chosen) == 1 else None
+            return _presets(method, known, world)
+
+        def neighbours(chosen: list[str], keep: list[str], request: gr.Request) -> list[str]:
+            session = of(request)
+            companions, found = session.model.companions, list(keep or [])
+            for name in chosen:
+                if companions is not None:
+                    found += companions.neighbours(_known(session, name))
+            return [n for n in dict.fromkeys(found) if n not in chosen]
+
+        self.concepts.change(spoken(told), [self.concepts, self.method],
+                             [self.details, self.kind, self.anchor, self.phrases, self.neighbours, self.preset], **QUIET)  # fmt: skip
+        self.method.change(
+            spoken(described),
+            [self.method, self.concepts, self.kind],
+            [self.preset, self.about],
+            **QUIET,
+        )
+        self.neighbours.click(spoken(neighbours), [self.concepts, self.keep], self.keep, **QUIET)
+        self._wire_resume()
+        looking.draw_from(self.look, all_tabs, self)
+
+    def _settings(self, method: str | None, preset: str | None) -> None:
+        """The form of a method; drawn anew for each method and preset, and with it what the button does."""
+        fields = choices.form(method, preset) if method and preset else []
+        parts = [_input(method or "", preset or "", field) for field in fields]
+        if not parts:
+            gr.HTML(views.note("Open a model and choose a method first."))
+        fixed = [
+            self.concepts,
+            self.kind,
+            self.anchor,
+            self.phrases,
+            self.method,
+            self.preset,
+            self.keep,
+            self.seed,
+        ]
+
+        # A set of inputs comes as one mapping, so that their number need not be known here.
+        def erase(values: dict[Any, Any], request: gr.Request) -> Iterator[list[Any]]:
+            session = self.page.windows.of(request)
+
+            def begin() -> Any:
+                chosen, kind, anchor, phrases, method, preset, keep, seed = (
+                    values[part] for part in fixed
+                )
+                if not method:
+                    raise InputError("no method is chosen; open a model first")
+                changed = choices.changes(fields, [values[part] for part in parts])
+                wanted = inputs.wanted(chosen, kind, anchor, phrases)
+                number = inputs.whole(seed, "seed") or 0
+                asked = Erasure(
+                    session.name or "", wanted, method, preset, changed, tuple(keep or ()), number
+                )
+                return session.erase(asked)
+
+            yield from self._follow(session, begin)
+
+        self.erase.click(erase, {*fixed, *parts}, self._shown(), **QUIET)
+
+    def _shown(self) -> list[Any]:
+        return [
+            *self.page.job_parts,
+            *self.page.edit_parts,
+            self.result,
+            self.look,
+            self.erase,
+            self.pile,
+            self.begun,
+            self.looking.prompts,
+        ]
+
+    def _follow(self, session: Session, begin: Any) -> Iterator[list[Any]]:
+        for job, shown in self.page.running(session, begin, len(self._shown()) - 2):
+            if job is None:
+                yield shown
+                continue
+            over = [*shown[:2], *self.page.edit_values(session)]
+            if job.state == "done":
+                made = job.result
+                told = "made before, read from its folder" if made.before else "made"
+                text = views.note(
+                    f"{made.held.label}: {told}. It is on now, and saved as {made.held.file}",
+                    "good",
+                )
+                over += [
+                    text + views.code(made.command),
+                    gr.update(interactive=True, variant="primary"),
+                    "Erase",
+                ]
+                over += [*self._pile(session), self.looking.suggested(session, made.held.concepts)]
+            else:
+                ended = "Stopped. Press Resume, and the same settings go on from the last checkpoint, where the method keeps one."
+                text = views.note(ended) if job.state == "stopped" else ""
+                over += [
+                    text,
+                    gr.skip(),
+                    "Resume" if job.state == "stopped" else "Erase",
+                    *self._pile(session),
+                    gr.skip(),
+                ]
+            yield over
+
+    def _wire_resume(self) -> None:
+        def resume(name: str | None, request: gr.Request) -> Iterator[list[Any]]:
+            session = self.page.windows.of(request)
+
+            def begin() -> Any:
+                found = dict(unfinished(session.desk.runs))
+                if name not in found:
+                    raise InputError("choose an unfinished erasure first")
+                return session.erase(found[name])
+
+            yield from self._follow(session, begin)
+
+        self.resume.click(resume, self.begun, self._shown(), **QUIET)
+
+
+def _known(session: Session, name: str) -> Concept:
+    companions = session.model.companions
+    return (companions.concept(name) if companions is not None else None) or Concept(name)
+
+
+def _presets(method: str | None, kind: str | None, world: bool) -> list[Any]:
+    """New values of the list of presets, and a line about the method."""
+    if not method:
+        return [CLOSED, ""]
+    names, first = choices.presets(method, kind, world)
+    return [gr.update(choices=names, value=first), views.about(method)]
+
+
+def _input(method: str, preset: str, field: choices.Field) -> Any:
+    """One setting of the form; a key keeps what was typed while the same form is drawn again."""
+    label = field.name.replace("_", " ")
+    common: dict[str, Any] = {
+        "label": label,
+        "info": field.help,
+        "interactive": True,
+        "elem_classes": "x-setting",
+        "min_width": 160,
+    }
+    common["key"] = f"{method}/{preset}/{field.name}"
+    if field.control == "switch":
+        return gr.Checkbox(bool(field.value), **common)
+    if field.control == "list":
+        return gr.Dropdown(list(field.choices), value=field.value, **common)
+    return gr.Textbox(str(field.value), max_lines=2, **common)
