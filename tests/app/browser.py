@@ -37,11 +37,25 @@ class Browser:
 
         assert CHROMIUM is not None
         self._process = subprocess.Popen(
-            [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-             "--remote-debugging-pipe", f"--user-data-dir={profile}", "--disable-background-networking",
-             "--disable-component-update", "--hide-scrollbars", "about:blank"],
-            preexec_fn=hand_over, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [
+                CHROMIUM,
+                "--headless=new",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--no-first-run",
+                "--remote-debugging-pipe",
+                f"--user-data-dir={profile}",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--hide-scrollbars",
+                "about:blank",
+            ],
+            preexec_fn=hand_over,
+            close_fds=False,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(theirs_in)
         os.close(theirs_out)
         self._number, self._rest = 0, b""
@@ -93,8 +107,10 @@ class Browser:
 
     def resize(self, width: int, height: int) -> None:
         """Size of the page in pixels."""
-        self.call("Emulation.setDeviceMetricsOverride",
-                  {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False})  # fmt: skip
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
+        )
 
     def open(self, address: str) -> None:
         """Go to a page."""
@@ -130,7 +146,8 @@ class Browser:
     def type(self, selector: str, text: str, enter: bool = False) -> None:
         """Replace what stands in a field, key by key as a person does."""
         self.run(
-            f"(() => {{ const e = {selector}; e.scrollIntoView({{block: 'center'}}); e.focus(); e.select && e.select(); }})()"
+            f"(() => {{ const e = {selector}; e.scrollIntoView({{block: 'center'}}); "
+            "e.focus(); e.select && e.select(); })()"
         )
         self.call("Input.insertText", {"text": text})
         if enter:

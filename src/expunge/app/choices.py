@@ -13,7 +13,19 @@ from ..method import BUDGETS
 if TYPE_CHECKING:
     from ..models.base import Model
 
-__all__ = ["Choice", "Field", "attacks", "budgets", "changes", "concepts", "form", "methods", "models", "presets", "prompts"]  # fmt: skip
+__all__ = [
+    "Choice",
+    "Field",
+    "attacks",
+    "budgets",
+    "changes",
+    "concepts",
+    "form",
+    "methods",
+    "models",
+    "presets",
+    "prompts",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +87,10 @@ def concepts(model: Model) -> list[Choice]:
         found[known.name] = known
         waiting += [n for n in companions.neighbours(known) if n not in found]
     lacks = {name.lower() for name in companions.never_lacks}
-    return [Choice(name, f"{name} ({one.kind})", "reference" if name.lower() in lacks else "")
-            for name, one in found.items()]  # fmt: skip
+    return [
+        Choice(name, f"{name} ({one.kind})", "reference" if name.lower() in lacks else "")
+        for name, one in found.items()
+    ]
 
 
 def methods(family: str, verb: str = "erase") -> list[Choice]:
@@ -115,8 +129,13 @@ def attacks(family: str) -> list[Choice]:
 def budgets() -> list[Choice]:
     """Allowances for an attacked prompt, the smallest first."""
     ordered = sorted(BUDGETS.values(), key=lambda b: b.denoiser_rows or float("inf"))
-    return [Choice(b.name, f"{b.name} ({f'{b.denoiser_rows:,} rows' if b.denoiser_rows else 'as published'})")
-            for b in ordered]  # fmt: skip
+    return [
+        Choice(
+            b.name,
+            f"{b.name} ({f'{b.denoiser_rows:,} rows' if b.denoiser_rows else 'as published'})",
+        )
+        for b in ordered
+    ]
 
 
 def presets(id: str, kind: str | None, world: bool) -> tuple[list[str], str]:
@@ -146,8 +165,10 @@ def form(id: str, preset: str) -> list[Field]:
 def _field(row: Mapping[str, Any], value: Any) -> Field:
     help = str(row.get("help", ""))
     low, high = row.get("minimum"), row.get("maximum")
-    if low is not None or high is not None:
-        help += f" ({low if low is not None else 'any'} to {high if high is not None else 'any'})"
+    if low is not None and high is not None:
+        help += f" ({low} to {high})"
+    elif low is not None or high is not None:
+        help += f" (at least {low})" if low is not None else f" (at most {high})"
     if row["type"] == "bool":
         return Field(row["name"], help, "switch", bool(value))
     if "choices" in row:
@@ -187,18 +208,17 @@ def prompts(model: Model, names: Sequence[str], n: int = 3) -> list[Any]:
     from ..method import Prompt
 
     companions, found = model.companions, []
-    asked = companions.prompts if companions is not None else None
     for name in names:
         known = companions.concept(name) if companions is not None else None
-        if asked is None or known is None:
+        if companions is None or companions.prompts is None or known is None:
             found += [
                 Prompt(t.format(name), concept=name) for t in ("a photo of {}", "a painting of {}")
             ]
             continue
-        found += asked(known.name, n, seed=0, split="development")
+        found += companions.prompts(known.name, n, seed=0, split="development")
         # Another template for each neighbour.
         for place, other in enumerate(
             [o for o in companions.neighbours(known) if o not in names][:n]
         ):
-            found += asked(other, place + 1, seed=0, split="development")[place:]
+            found += companions.prompts(other, place + 1, seed=0, split="development")[place:]
     return found

@@ -11,8 +11,8 @@ import numpy as np
 
 from ..cli import common
 from ..concept import Concept
-from ..core.progress import Progress
 from ..core.mentions import exchanged
+from ..core.progress import Progress
 from ..core.sampling import SHARED, outputs
 from ..errors import ExpungeError, InputError, PromptError
 from ..method import Prompt
@@ -124,7 +124,7 @@ def compare(
     given = (
         {"steps": request.steps, "guidance": request.guidance} if model.family != "language" else {}
     )
-    options = {key: value for key, value in given.items() if value is not None}
+    options: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     never, notes = _never(model, names)
     if not edited:
         notes.insert(

@@ -22,7 +22,10 @@ def whole(text: Any, name: str, low: int = 0, high: int = 2**62) -> int | None:
     if not typed:
         return None
     if not re.fullmatch(r"[+-]?\d{1,20}", typed) or not low <= int(typed) <= high:
-        raise InputError(f"{name} is {typed[:40]!r}; allowed is a whole number from {low}" + (f" to {high}" if high < 2**62 else ""))  # fmt: skip
+        raise InputError(
+            f"{name} is {typed[:40]!r}; allowed is a whole number from {low}"
+            + (f" to {high}" if high < 2**62 else "")
+        )
     return int(typed)
 
 

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ExpungeError
+from ..errors import ExpungeError, ResumeMismatch, WrongBase, WrongState
 
 if TYPE_CHECKING:
     from ..core.progress import Report
@@ -173,13 +173,24 @@ class Queue:
                 self.running = None
 
 
+LEAVE = {
+    WrongState: "Leave can be given under \u201cWhat stacking allows\u201d: edits on another stack.",
+    WrongBase: "Leave can be given under \u201cWhat stacking allows\u201d: other weights of the same structure.",
+    ResumeMismatch: "Its folder is of another version; delete that folder, or change a setting.",
+}
+"""What a window can do about an error; the general cures speak of commands."""
+
+
 def sentence(error: BaseException) -> str:
-    """One sentence for a person: what was wrong, and the cure where there is one.
+    """One sentence for a person: what was wrong, where, what is allowed.
 
     What nobody foresaw is printed with its traceback on the terminal, where the program was started.
     """
     if isinstance(error, ExpungeError):
-        return f"{str(error).rstrip('.')}. {error.cure}"
+        said = f"{str(error).rstrip('.')}."
+        if said.split(" ")[0].isalpha():  # names of files and settings stay as they are
+            said = said[:1].upper() + said[1:]
+        return f"{said} {LEAVE.get(type(error), '')}".strip()
     if isinstance(error, OSError):
         return f"{error.filename or 'A file'}: {error.strerror or error}."
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

@@ -27,31 +27,60 @@ HEADER = (
     "try to bring it back.</p></div>"
 )
 DARK = "() => { document.body.classList.toggle('dark'); }"
-FORMATS = [("diffusers (LoRA)", "diffusers"), ("kohya: ComfyUI, A1111 (LoRA)", "kohya"), ("PEFT (folder)", "peft"),
-           ("full model (folder)", "full")]  # fmt: skip
+FORMATS = [
+    ("diffusers (LoRA)", "diffusers"),
+    ("kohya: ComfyUI, A1111 (LoRA)", "kohya"),
+    ("PEFT (folder)", "peft"),
+    ("full model (folder)", "full"),
+]
 
 
 def theme() -> Any:
     """Fonts of the system (nothing is fetched), quiet colours, small radii."""
     fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif")
     return gr.themes.Base(
-        primary_hue=gr.themes.colors.blue, neutral_hue=gr.themes.colors.slate, radius_size="sm", text_size="md", font=fonts,
+        primary_hue=gr.themes.colors.blue,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size="sm",
+        text_size="md",
+        font=fonts,
         font_mono=("ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"),
     ).set(
-        block_label_text_size="*text_sm", block_title_text_weight="600", block_shadow="none", block_border_width="0px",
-        button_primary_background_fill="#1f4f99", button_primary_background_fill_hover="#183f7c",
-        button_primary_background_fill_dark="#3b74c4", button_primary_background_fill_hover_dark="#4a86da",
-        button_primary_text_color="#ffffff", block_background_fill="transparent", block_background_fill_dark="transparent",
-        body_background_fill="#f6f7f9", body_background_fill_dark="#15171a", block_padding="0px",
-        input_border_width="1px", input_shadow="none", checkbox_label_padding="4px 8px",
-        button_large_text_weight="600", button_large_text_size="*text_md", button_medium_text_weight="600",
-        button_small_text_weight="500", button_secondary_border_color="#c6ccd4", button_border_width="1px",
-        button_secondary_background_fill="#ffffff", button_secondary_background_fill_dark="#262a30",
-        button_secondary_border_color_dark="#474e58", button_primary_border_color="#1f4f99",
-        button_large_padding="8px 16px", button_large_radius="6px", button_medium_radius="6px",
-        input_background_fill="#ffffff", input_background_fill_dark="#16191d",
-        input_border_color="#c6ccd4", input_border_color_dark="#474e58",
-    )  # fmt: skip
+        block_label_text_size="*text_sm",
+        block_title_text_weight="600",
+        block_shadow="none",
+        block_border_width="0px",
+        button_primary_background_fill="#1f4f99",
+        button_primary_background_fill_hover="#183f7c",
+        button_primary_background_fill_dark="#3b74c4",
+        button_primary_background_fill_hover_dark="#4a86da",
+        button_primary_text_color="#ffffff",
+        block_background_fill="transparent",
+        block_background_fill_dark="transparent",
+        body_background_fill="#f6f7f9",
+        body_background_fill_dark="#15171a",
+        block_padding="0px",
+        input_border_width="1px",
+        input_shadow="none",
+        checkbox_label_padding="4px 8px",
+        button_large_text_weight="600",
+        button_large_text_size="*text_md",
+        button_medium_text_weight="600",
+        button_small_text_weight="500",
+        button_secondary_border_color="#c6ccd4",
+        button_border_width="1px",
+        button_secondary_background_fill="#ffffff",
+        button_secondary_background_fill_dark="#262a30",
+        button_secondary_border_color_dark="#474e58",
+        button_primary_border_color="#1f4f99",
+        button_large_padding="8px 16px",
+        button_large_radius="6px",
+        button_medium_radius="6px",
+        input_background_fill="#ffffff",
+        input_background_fill_dark="#16191d",
+        input_border_color="#c6ccd4",
+        input_border_color_dark="#474e58",
+    )
 
 
 class Page:
@@ -80,13 +109,15 @@ class Page:
     def edit_values(self, session: Session) -> list[Any]:
         """New values of :attr:`edit_parts`."""
         listed = [
-            (f"{place}. {held.label}", held.digest) for place, held in enumerate(session.held, 1)
+            (f"{place}. {held.label}", held.digest)
+            for place, held in enumerate(session.edits.held, 1)
         ]
-        on = [held.digest for held in session.on]
+        on = [held.digest for held in session.edits.on]
         return [
-            gr.update(choices=listed, value=on, visible=bool(listed)), views.edits(session.held),
+            gr.update(choices=listed, value=on, visible=bool(listed)),
+            views.edits(session.edits.held),
             gr.update(choices=listed, value=listed[-1][1] if listed else None),
-        ]  # fmt: skip
+        ]
 
     def running(self, session: Session, begin: Any, idle: int) -> Iterator[tuple[Any, list[Any]]]:
         """Follow a job: the job once it is over, and what to show in :attr:`job_parts` and ``idle`` other parts."""
@@ -101,11 +132,22 @@ class Page:
             gr.HTML("<h2>Model</h2>")
             with gr.Row(elem_classes="x-joined"):
                 model = gr.Dropdown(
-                    [(c.label, c.id) for c in choices.models()], value=self.first, allow_custom_value=True, show_label=False,
-                    container=False, min_width=150, scale=4, elem_id="model",
-                )  # fmt: skip
+                    [(c.label, c.id) for c in choices.models()],
+                    value=self.first,
+                    allow_custom_value=True,
+                    show_label=False,
+                    container=False,
+                    min_width=150,
+                    scale=4,
+                    elem_id="model",
+                )
                 opener = gr.Button("Open", min_width=70, scale=1, elem_id="open")
-            card = gr.HTML(views.note("A world, a folder written by save_pretrained, or a hub id (owner/name)."), elem_id="card")  # fmt: skip
+            card = gr.HTML(
+                views.note(
+                    "A world, a folder written by save_pretrained, or a hub id (owner/name)."
+                ),
+                elem_id="card",
+            )
         with gr.Column(elem_classes="x-box"):
             gr.HTML("<h2>Edits</h2>")
             self.state_of_edits = gr.HTML(views.edits([]))
@@ -170,20 +212,20 @@ class Page:
 
         def switched(digests: list[str], request: gr.Request) -> str:
             session = windows.of(request)
-            session.switch(digests)
-            return views.edits(session.held)
+            session.edits.switch(digests)
+            return views.edits(session.edits.held)
 
         def removed(digest: str, request: gr.Request) -> list[Any]:
             session = windows.of(request)
-            session.remove(session.find(digest).digest)
+            session.edits.remove(session.edits.find(digest).digest)
             return self.edit_values(session)
 
         def allowed(rebase: bool, sibling: bool, request: gr.Request) -> None:
             session = windows.of(request)
-            session.rebase, session.sibling = rebase, sibling
+            session.edits.rebase, session.edits.sibling = rebase, sibling
 
         def saved(digest: str | None, request: gr.Request) -> Any:
-            held = [one for one in windows.of(request).held if one.digest == digest]
+            held = [one for one in windows.of(request).edits.held if one.digest == digest]
             return gr.update(value=str(held[0].file) if held else None, interactive=bool(held))
 
         opening = [card, *self.edit_parts, *opened]
@@ -253,12 +295,20 @@ def build(desk: Desk, first: str | None) -> Any:
             with gr.Column(scale=7, min_width=300):
                 with gr.Row(elem_classes="x-panel"):
                     page.panel = gr.HTML(views.note("Nothing is running."), elem_id="panel")
-                    page.stop = gr.Button("Stop", visible=False, size="sm", min_width=80, scale=0, elem_id="stop", variant="stop")  # fmt: skip
+                    page.stop = gr.Button(
+                        "Stop",
+                        visible=False,
+                        size="sm",
+                        min_width=80,
+                        scale=0,
+                        elem_id="stop",
+                        variant="stop",
+                    )
                 with gr.Tabs(elem_id="tabs") as all_tabs:
                     erasing = Erasing(page)
                     looking = Looking(page)
                     auditing = Auditing(page)
-        parts = [erasing, looking, auditing]
+        parts: list[Any] = [erasing, looking, auditing]
         opened = [component for part in parts for component in part.on_open_parts]
         page.wire_side(
             side, opened, lambda session: [v for part in parts for v in part.on_open(session)]
@@ -270,5 +320,11 @@ def build(desk: Desk, first: str | None) -> Any:
         dark.click(None, None, None, js=DARK, api_visibility="private")
         blocks.unload(page.windows.drop)
         if first is not None:
-            blocks.load(None, None, None, js="() => setTimeout(() => document.querySelector('#open').click(), 50)", api_visibility="private")  # fmt: skip
+            blocks.load(
+                None,
+                None,
+                None,
+                js="() => setTimeout(() => document.querySelector('#open').click(), 50)",
+                api_visibility="private",
+            )
     return blocks

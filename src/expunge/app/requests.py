@@ -59,7 +59,7 @@ class Erasure:
         """
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
-            wanted = {
+            wanted: dict[str, Any] = {
                 k: tuple(v) if isinstance(v, list) else v for k, v in data.pop("wanted").items()
             }
             data["keep"] = tuple(data["keep"])

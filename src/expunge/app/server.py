@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingExtra, SettingError
-from .session import MAX_FILE
+from .held import MAX_FILE
 from .shelf import Desk
 
 __all__ = ["HOST", "Guard", "check_host", "launch"]
@@ -40,8 +40,8 @@ def check_host(host: str) -> None:
     """
     if host not in LOCAL:
         raise SettingError(
-            f"host {host!r} is refused: the window has no accounts, so it answers on {HOST} only; from another machine, "
-            "forward the port (ssh -L 7860:127.0.0.1:7860 NAME)"
+            f"host {host!r} is refused: the window has no accounts, so it answers on {HOST} only; from another "
+            "machine, forward the port (ssh -L 7860:127.0.0.1:7860 NAME)"
         )
 
 
@@ -76,9 +76,11 @@ class Guard:
             return
         policy = FILE_POLICY if "/file=" in scope["path"] else PAGE_POLICY
         added = {
-            "content-security-policy": policy, "x-content-type-options": "nosniff", "referrer-policy": "no-referrer",
+            "content-security-policy": policy,
+            "x-content-type-options": "nosniff",
+            "referrer-policy": "no-referrer",
             "cross-origin-resource-policy": "same-origin",
-        }  # fmt: skip
+        }
 
         async def fenced(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -154,12 +156,29 @@ def launch(
     middleware = _middleware()
     try:
         _, address, _ = page.launch(
-            server_name=HOST, server_port=port, share=False, inbrowser=browser, prevent_thread_lock=True, quiet=True,
-            show_error=True, allowed_paths=[str(desk.runs)], blocked_paths=[], root_path="", max_file_size=MAX_FILE,
-            footer_links=[], run_history=False, enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False,
-            strict_cors=True, app_kwargs={"middleware": [middleware], "docs_url": None, "redoc_url": None},
-            theme=layout.theme(), css_paths=[layout.CSS], i18n=None,
-        )  # fmt: skip
+            server_name=HOST,
+            server_port=port,
+            share=False,
+            inbrowser=browser,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            allowed_paths=[str(desk.runs)],
+            blocked_paths=[],
+            root_path="",
+            max_file_size=MAX_FILE,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            strict_cors=True,
+            app_kwargs={"middleware": [middleware], "docs_url": None, "redoc_url": None},
+            theme=layout.theme(),
+            css_paths=[layout.CSS],
+            i18n=None,
+        )
     except OSError as error:
         raise SettingError(
             f"port {port} cannot be had ({error}); choose another with --port, or leave it out"

@@ -11,56 +11,27 @@ inside a job only, so windows that share a model do not disturb each other.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import catalogue
 from ..cli import common
-from ..errors import EditFormatError, InputError, RunError, nearest
+from ..errors import ConceptError, EditFormatError, InputError, RunError, nearest
 from . import choices, comparing, judging
+from .held import MAX_FILE, EditList, Held, size
 from .jobs import Job
 from .requests import Comparison, Erasure, Examination, Wanted, folder_name
 
 if TYPE_CHECKING:
     from ..concept import Concept
-    from ..edit import Edit
     from ..evidence import Evidence
     from ..models.base import Model
     from .shelf import Desk
 
-__all__ = ["Audited", "Erased", "Held", "Session"]
-
-MAX_FILE = 2**30
-"""Bytes of an edit file that a window takes in."""
-MAX_EDITS = 64
-
-
-@dataclasses.dataclass
-class Held:
-    """An edit in the list: where its file is, and whether it is on."""
-
-    edit: Edit
-    file: Path
-    on: bool = True
-
-    @property
-    def digest(self) -> str:
-        """Names the edit."""
-        return self.edit.digest
-
-    @property
-    def concepts(self) -> list[str]:
-        """Names of what it erases."""
-        return [str(entry["name"]) for entry in self.edit.manifest.concepts]
-
-    @property
-    def label(self) -> str:
-        """Method, concepts and size."""
-        return f"{self.edit.manifest.method}: {', '.join(self.concepts)} ({size(self.file.stat().st_size)})"
+__all__ = ["Audited", "Erased", "Session"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +57,14 @@ class Session:
 
     Attributes:
         name: The chosen model, or ``None``.
-        held: Edits in the order in which they go on.
-        rebase, sibling: What :meth:`Edit.on` is asked to allow.
+        edits: The list of edits.
         job: The last job of this window.
     """
 
     def __init__(self, desk: Desk) -> None:
         self.desk = desk
         self.name: str | None = None
-        self.held: list[Held] = []
-        self.rebase = self.sibling = False
+        self.edits = EditList()
         self.job: Job | None = None
 
     # -- the model ---------------------------------------------------------------------------------
@@ -111,7 +80,7 @@ class Session:
                 model = self.desk.model(wanted)
             self.desk.use(id(self), wanted)
             if self.name != wanted:
-                self.held = []
+                self.edits.held = []
             self.name = wanted
             return model
 
@@ -144,7 +113,15 @@ class Session:
         return self.job
 
     def concepts(self, wanted: Wanted) -> tuple[Concept, ...]:
-        """Concepts as typed, completed by what the world knows."""
+        """Concepts as typed, completed by what the world knows.
+
+        Raises:
+            ConceptError: There is none, or what was typed is no concept.
+        """
+        if not wanted.names:
+            raise ConceptError(
+                "no concept is chosen; choose one the world knows, or type a name and press Enter"
+            )
         return common.concepts_of(
             self.model,
             list(wanted.names),
@@ -156,18 +133,13 @@ class Session:
 
     # -- edits -------------------------------------------------------------------------------------
 
-    @property
-    def on(self) -> list[Held]:
-        """The edits that are on, in order."""
-        return [held for held in self.held if held.on]
-
     def load(self, file: str | Path) -> Job:
         """Take in an edit file; everything about it is checked before it joins the list. The result is a :class:`Held`.
 
         Raises:
             EditFormatError: The file is too large, or is none by its name.
         """
-        path, model, on = Path(file), self.model, list(self.on)
+        path, model, on = Path(file), self.model, list(self.edits.on)
         if path.suffix != ".safetensors":
             raise EditFormatError(
                 f"{path.name}: an edit is one file whose name ends in .safetensors"
@@ -181,71 +153,32 @@ class Session:
             from ..edit import Edit
 
             edit = Edit.load(path)
-            self._fresh(edit)
-            with common.quietly(), self._edits_on(model, on):
-                model.edits.check(edit, rebase=self.rebase, sibling=self.sibling)
+            with common.quietly(), self.edits.applied(model, on):
+                model.edits.check(edit, rebase=self.edits.rebase, sibling=self.edits.sibling)
             names = [entry["name"] for entry in edit.manifest.concepts]
             folder = folder_name(edit.manifest.method, names, "loaded", edit.digest)
             file = self.desk.runs / folder / "edit.safetensors"
             edit.save(file)  # the browser's copy is temporary
-            self.held.append(Held(edit, file))
-            return self.held[-1]
+            return self.edits.add(edit, file)
 
         return self._submit(f"Reading {path.name}", work)
-
-    def _fresh(self, edit: Edit) -> None:
-        if any(held.digest == edit.digest for held in self.held):
-            raise InputError(f"this edit ({edit.manifest.method}) is in the list already")
-        if len(self.held) >= MAX_EDITS:
-            raise InputError(f"the list holds {MAX_EDITS} edits already; remove one first")
-
-    def switch(self, digests: Sequence[str]) -> None:
-        """Which edits are on; the others stay in the list."""
-        for held in self.held:
-            held.on = held.digest in digests
-
-    def remove(self, digest: str) -> None:
-        """Take an edit off the list; its file stays in the folder of runs."""
-        self.held = [held for held in self.held if held.digest != digest]
-
-    def find(self, digest: str | None) -> Held:
-        """An edit of the list by its digest.
-
-        Raises:
-            InputError: It is not there.
-        """
-        for held in self.held:
-            if held.digest == digest:
-                return held
-        raise InputError(
-            "choose an edit of the list first"
-            if not digest
-            else f"no edit {digest[:12]} is in the list"
-        )
-
-    @contextlib.contextmanager
-    def _edits_on(self, model: Model, held: Sequence[Held]) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for one in held:
-                stack.enter_context(one.edit.on(model, rebase=self.rebase, sibling=self.sibling))
-            yield
 
     def export(
         self, digest: str | None, format: str, rank: int | None = None, without_gate: bool = False
     ) -> Job:
         """Write an edit for another program. The result is the file or folder, and the exporter's report."""
-        held, model = self.find(digest), self.model
+        held, model = self.edits.find(digest), self.model
         place = self.desk.runs / held.file.parent.name / f"export-{format}"
         target = (
             place
             if format in ("peft", "full")
             else place / f"{held.edit.manifest.method}-{format}.safetensors"
         )
-        below = self.held[: self.held.index(held)]
+        below = self.edits.held[: self.edits.held.index(held)]
 
         def work() -> tuple[Path, dict[str, Any]]:
             fitted = [other for other in below if other.digest in held.edit.manifest.fitted_on]
-            with common.quietly(), self._edits_on(model, fitted):
+            with common.quietly(), self.edits.applied(model, fitted):
                 report = held.edit.export(
                     target, format=format, model=model, rank=rank, without_gate=without_gate
                 )
@@ -265,7 +198,7 @@ class Session:
         The folder is named after the request: asking for the same again takes up what was interrupted, and what
         was finished is read instead of made again.
         """
-        model, below = self.model, list(self.on)
+        model, below = self.model, list(self.edits.on)
         concepts = self.concepts(request.wanted)
         ids = [choice.id for choice in self.methods()]
         if request.method not in ids:
@@ -277,10 +210,17 @@ class Session:
         named = ", ".join(c.name for c in concepts)
 
         def work() -> Erased:
-            with common.quietly(), self._edits_on(model, below):
+            with common.quietly(), self.edits.applied(model, below):
                 state = model.state
-                made = [state.base, list(state.edits), eraser.version, eraser.settings(), request.seed, list(request.keep),
-                        [c.to_dict() for c in concepts]]  # fmt: skip
+                made = [
+                    state.base,
+                    list(state.edits),
+                    eraser.version,
+                    eraser.settings(),
+                    request.seed,
+                    list(request.keep),
+                    [c.to_dict() for c in concepts],
+                ]
                 folder = self.desk.runs / folder_name(
                     request.method, [c.name for c in concepts], *made
                 )
@@ -320,22 +260,15 @@ class Session:
             text = json.dumps(edit.manifest.model_dump(mode="json"), indent=1) + "\n"
             atomic_write(folder / "edit.json", text.encode())
             edit.save(file)  # last: what has an edit is finished
-        known = next((held for held in self.held if held.digest == edit.digest), None)
-        held = known or Held(edit, file)
-        if known is None:
-            self._fresh(edit)
-            self.held.append(held)
-        held.on = True
+        held = self.edits.add(edit, file)
         return Erased(held, folder, before, request.command(below, str(folder)))
 
     # -- looking -----------------------------------------------------------------------------------
 
-    def compare(self, request: Comparison, wanted: Wanted = Wanted(())) -> Job:
+    def compare(self, request: Comparison, wanted: Wanted | None = None) -> Job:
         """Before, after and never at equal seeds; the result is a :class:`~expunge.app.comparing.Grid`."""
-        model, held = self.model, list(self.on)
-        names = list(dict.fromkeys(name for one in held for name in one.concepts)) or list(
-            wanted.names
-        )
+        model, held = self.model, list(self.edits.on)
+        names = list(_named(held)) or list(wanted.names if wanted is not None else ())
         asked = comparing.asked(model, request, choices.prompts(model, names))
 
         def work() -> comparing.Grid:
@@ -345,7 +278,7 @@ class Session:
                     asked,
                     request,
                     names,
-                    lambda: self._edits_on(model, held),
+                    lambda: self.edits.applied(model, held),
                     edited=bool(held),
                 )
 
@@ -353,14 +286,14 @@ class Session:
 
     def audit(self, request: Examination) -> Job:
         """Measure, attack, write the report into a folder of its own; the result is an :class:`Audited`."""
-        model, held = self.model, list(self.on)
+        model, held = self.model, list(self.edits.on)
         if not held:
             raise InputError("no edit is on; erase something or load an edit, then audit it")
-        wanted = request.wanted if request.wanted.names else Wanted(_names(held))
-        concepts = self.concepts(wanted)
+        named = _named(held)
+        concepts = self.concepts(request.wanted) if request.wanted.names else tuple(named.values())
         for id in request.attacks:
             catalogue.resolve(id)
-        request = dataclasses.replace(request, wanted=wanted)
+        request = dataclasses.replace(request, wanted=Wanted(tuple(c.name for c in concepts)))
         digests = [one.digest for one in held]
 
         def work() -> Audited:
@@ -369,19 +302,31 @@ class Session:
             judge = judging.judge_of(model, concepts, request.clip, request.labels)
             files = [one.file for one in held]
             with common.quietly():
-                named = [
+                asked = [
                     model.state.base,
                     digests,
                     dataclasses.asdict(request),
                     [c.to_dict() for c in concepts],
                 ]
-                folder = self.desk.runs / folder_name("audit", [c.name for c in concepts], *named)
+                folder = self.desk.runs / folder_name("audit", [c.name for c in concepts], *asked)
                 evidence = audit(
-                    model, [one.edit for one in held], concepts, attacks=request.attacks or "none", budget=request.budget,
-                    judge=judge, n=request.n, kept_n=request.kept_n, attack_n=request.attack_n, seed=request.seed,
-                    rebase=self.rebase, sibling=self.sibling, progress=False,
-                    command=None if request.clip else request.command(model.name, files, folder.name),
-                )  # fmt: skip
+                    model,
+                    [one.edit for one in held],
+                    concepts,
+                    attacks=request.attacks or "none",
+                    budget=request.budget,
+                    judge=judge,
+                    n=request.n,
+                    kept_n=request.kept_n,
+                    attack_n=request.attack_n,
+                    seed=request.seed,
+                    rebase=self.edits.rebase,
+                    sibling=self.edits.sibling,
+                    progress=False,
+                    command=None
+                    if request.clip
+                    else request.command(model.name, files, folder.name),
+                )
                 return Audited(evidence, evidence.save(folder))
 
         return self._submit(f"Auditing {', '.join(c.name for c in concepts)}", work)
@@ -405,13 +350,9 @@ class Session:
         return found[folder]
 
 
-def _names(held: Sequence[Held]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for one in held for name in one.concepts))
+def _named(held: Sequence[Held]) -> dict[str, Concept]:
+    """Name -> concept of everything that edits erase, as they record it."""
+    from ..concept import Concept
 
-
-def size(number: int) -> str:
-    """Bytes for people."""
-    for step, unit in ((2**30, "GB"), (2**20, "MB"), (2**10, "kB")):
-        if number >= step:
-            return f"{number / step:.1f} {unit}".replace(".0 ", " ")
-    return f"{number} B"
+    entries = [entry for one in held for entry in one.edit.manifest.concepts]
+    return {str(entry["name"]): Concept.from_dict(entry) for entry in entries}

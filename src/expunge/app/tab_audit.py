@@ -30,16 +30,33 @@ class Auditing:
         with gr.Tab("Audit", id="audit"):
             with gr.Row(equal_height=False, elem_classes="x-box"):
                 with gr.Column(scale=3, min_width=280):
-                    self.attacks = gr.CheckboxGroup([], label="Attacks", elem_id="attacks",
-                                                    info="Each runs with the same prompts, seed and budget on every model.")  # fmt: skip
+                    self.attacks = gr.CheckboxGroup(
+                        [],
+                        label="Attacks",
+                        elem_id="attacks",
+                        info="Each runs with the same prompts, seed and budget on every model.",
+                    )
                     with gr.Column(visible=False, elem_classes="x-plain") as self.clip_parts:
-                        self.clip = gr.Textbox("", label="CLIP that judges", placeholder="a folder or a hub id", elem_id="clip",
-                                               info="This model has no judge of its own.")  # fmt: skip
-                        self.labels = gr.Textbox("", label="What it is to tell the concept from", elem_id="labels",
-                                                 placeholder="circle, square, triangle")  # fmt: skip
+                        self.clip = gr.Textbox(
+                            "",
+                            label="CLIP that judges",
+                            placeholder="a folder or a hub id",
+                            elem_id="clip",
+                            info="This model has no judge of its own.",
+                        )
+                        self.labels = gr.Textbox(
+                            "",
+                            label="What it is to tell the concept from",
+                            elem_id="labels",
+                            placeholder="circle, square, triangle",
+                        )
                 with gr.Column(scale=2, min_width=240):
-                    self.budget = gr.Dropdown([(b.label, b.id) for b in choices.budgets()], value="quick", elem_id="budget",
-                                              label="Budget for each attacked prompt")  # fmt: skip
+                    self.budget = gr.Dropdown(
+                        [(b.label, b.id) for b in choices.budgets()],
+                        value="quick",
+                        elem_id="budget",
+                        label="Budget for each attacked prompt",
+                    )
                     with gr.Row(elem_classes="x-joined"):
                         self.n = gr.Textbox("24", label="Prompts", min_width=70, elem_id="n")
                         self.kept_n = gr.Textbox(
@@ -79,8 +96,9 @@ class Auditing:
         usual = [a.id for a in found if "searches" in a.label] if judged else []
         return [
             gr.update(choices=[(a.label, a.id) for a in found], value=usual),
-            gr.update(visible=not judged and session.model.family != "language"), self._reports(session, None),
-        ]  # fmt: skip
+            gr.update(visible=not judged and session.model.family != "language"),
+            self._reports(session, None),
+        ]
 
     def _reports(self, session: Session, chosen: str | None) -> Any:
         listed = [name for name, _ in session.reports()]
@@ -90,18 +108,29 @@ class Auditing:
         """Events."""
 
         def audited(
-            attacks: list[str], budget: str, n: str, kept_n: str, attack_n: str, seed: str, clip: str, labels: str,
+            attacks: list[str],
+            budget: str,
+            n: str,
+            kept_n: str,
+            attack_n: str,
+            seed: str,
+            clip: str,
+            labels: str,
             request: gr.Request,
-        ) -> Iterator[list[Any]]:  # fmt: skip
+        ) -> Iterator[list[Any]]:
             session = self.page.windows.of(request)
 
             def begin() -> Any:
                 asked = Examination(
-                    attacks=tuple(attacks or ()), budget=budget, n=inputs.whole(n, "prompts", 1, 10_000) or 1,
+                    attacks=tuple(attacks or ()),
+                    budget=budget,
+                    n=inputs.whole(n, "prompts", 1, 10_000) or 1,
                     kept_n=inputs.whole(kept_n, "kept prompts", 1, 1_000) or 1,
                     attack_n=inputs.whole(attack_n, "attacked prompts", 1, 1_000) or 1,
-                    seed=inputs.whole(seed, "seed") or 0, clip=(clip or "").strip() or None, labels=inputs.names(labels),
-                )  # fmt: skip
+                    seed=inputs.whole(seed, "seed") or 0,
+                    clip=(clip or "").strip() or None,
+                    labels=inputs.names(labels),
+                )
                 return session.audit(asked)
 
             for job, shown in self.page.running(session, begin, 3):

@@ -26,8 +26,16 @@ class Looking:
         self.page = page
         with gr.Tab("Compare", id="compare"):
             with gr.Row(equal_height=False, elem_classes="x-box"):
-                self.prompts = gr.Textbox("", lines=6, max_lines=12, label="Prompts, one a line", scale=3, min_width=280,
-                                          placeholder="a red star on the beach", elem_id="prompts")  # fmt: skip
+                self.prompts = gr.Textbox(
+                    "",
+                    lines=6,
+                    max_lines=12,
+                    label="Prompts, one a line",
+                    scale=3,
+                    min_width=280,
+                    placeholder="a red star on the beach",
+                    elem_id="prompts",
+                )
                 with gr.Column(scale=2, min_width=240):
                     with gr.Row(elem_classes="x-joined"):
                         self.seeds = gr.Textbox(
@@ -46,7 +54,12 @@ class Looking:
                             "", label="Guidance", placeholder="the model's own", min_width=100
                         )
                     self.draw = gr.Button("Draw", variant="primary", elem_id="draw")
-            self.grid = gr.HTML(views.note("Write prompts and press Draw: each is drawn before, after and never, with the same noise."), elem_id="grid")  # fmt: skip
+            self.grid = gr.HTML(
+                views.note(
+                    "Write prompts and press Draw: each is drawn before, after and never, with the same noise."
+                ),
+                elem_id="grid",
+            )
 
     @property
     def on_open_parts(self) -> list[Any]:
@@ -73,20 +86,41 @@ class Looking:
         turned.then(self._drawn, self._given(erasing), [*self.page.job_parts, self.grid], **QUIET)
 
     def _given(self, erasing: Erasing) -> list[Any]:
-        return [self.prompts, self.seeds, self.seed, self.steps, self.guidance,
-                erasing.concepts, erasing.kind, erasing.anchor, erasing.phrases]  # fmt: skip
+        return [
+            self.prompts,
+            self.seeds,
+            self.seed,
+            self.steps,
+            self.guidance,
+            erasing.concepts,
+            erasing.kind,
+            erasing.anchor,
+            erasing.phrases,
+        ]
 
     def _drawn(
-        self, prompts: str, seeds: str, seed: str, steps: str, guidance: str, concepts: list[str], kind: str,
-        anchor: str, phrases: str, request: gr.Request,
-    ) -> Iterator[list[Any]]:  # fmt: skip
+        self,
+        prompts: str,
+        seeds: str,
+        seed: str,
+        steps: str,
+        guidance: str,
+        concepts: list[str],
+        kind: str,
+        anchor: str,
+        phrases: str,
+        request: gr.Request,
+    ) -> Iterator[list[Any]]:
         session = self.page.windows.of(request)
 
         def begin() -> Any:
             asked = Comparison(
-                inputs.lines(prompts), inputs.whole(seeds, "seeds a prompt", 1, 64) or 1, inputs.whole(seed, "first seed") or 0,
-                inputs.whole(steps, "steps", 1, 1000), inputs.number(guidance, "guidance"),
-            )  # fmt: skip
+                inputs.lines(prompts),
+                inputs.whole(seeds, "seeds a prompt", 1, 64) or 1,
+                inputs.whole(seed, "first seed") or 0,
+                inputs.whole(steps, "steps", 1, 1000),
+                inputs.number(guidance, "guidance"),
+            )
             return session.compare(asked, inputs.wanted(concepts, kind, anchor, phrases))
 
         for job, shown in self.page.running(session, begin, 1):

@@ -10,6 +10,7 @@ import gradio as gr
 from ..concept import KINDS, Concept, common_kind
 from ..errors import InputError
 from . import choices, inputs, views
+from .form import Form
 from .requests import Erasure, unfinished
 from .windows import QUIET, spoken
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Erasing"]
 
-CLOSED = gr.update(choices=[], value=None)
+STOPPED = "Stopped. Resume goes on from the last checkpoint, where the method keeps one."
 
 
 class Erasing:
@@ -41,7 +42,7 @@ class Erasing:
                 elem_id="settings",
                 elem_classes="x-box x-form",
             ):
-                gr.render(inputs=[self.method, self.preset], show_progress="hidden")(self._settings)
+                self.form = Form()
             with gr.Row(elem_classes="x-actions"):
                 self.erase = gr.Button(
                     "Erase", variant="primary", min_width=120, scale=0, elem_id="erase"
@@ -67,9 +68,13 @@ class Erasing:
     def _concepts(self) -> None:
         gr.HTML("<h2>What to forget</h2>")
         self.concepts = gr.Dropdown(
-            [], multiselect=True, allow_custom_value=True, label="Concepts", elem_id="concepts",
+            [],
+            multiselect=True,
+            allow_custom_value=True,
+            label="Concepts",
+            elem_id="concepts",
             info="Choose what the world knows, or type any name and press Enter.",
-        )  # fmt: skip
+        )
         with gr.Column(visible=False, elem_classes="x-plain") as self.details:
             with gr.Row(elem_classes="x-joined"):
                 self.kind = gr.Dropdown(
@@ -82,10 +87,21 @@ class Erasing:
                     min_width=110,
                     elem_id="anchor",
                 )
-            self.phrases = gr.Textbox("", label="Other phrasings", placeholder="separated by commas", elem_id="phrases",
-                                      info="Texts that mean the same; all of them are erased.")  # fmt: skip
-        self.keep = gr.Dropdown([], multiselect=True, allow_custom_value=True, label="Preserve", elem_id="keep",
-                                info="What the method is told to leave alone.")  # fmt: skip
+            self.phrases = gr.Textbox(
+                "",
+                label="Other phrasings",
+                placeholder="separated by commas",
+                elem_id="phrases",
+                info="Texts that mean the same; all of them are erased.",
+            )
+        self.keep = gr.Dropdown(
+            [],
+            multiselect=True,
+            allow_custom_value=True,
+            label="Preserve",
+            elem_id="keep",
+            info="What the method is told to leave alone.",
+        )
         self.neighbours = gr.Button(
             "Add the concept's neighbours", size="sm", visible=False, elem_id="neighbours"
         )
@@ -112,15 +128,23 @@ class Erasing:
         ids = [id for _, id in methods]
         first = next((id for id in ("rece", "uce") if id in ids), ids[0] if ids else None)
         return [
-            gr.update(choices=known, value=[]), gr.update(choices=known, value=[]), gr.update(visible=False),
-            gr.update(choices=methods, value=first), *self._pile(session),
-        ]  # fmt: skip
+            gr.update(choices=known, value=[]),
+            gr.update(choices=known, value=[]),
+            gr.update(visible=False),
+            gr.update(choices=methods, value=first),
+            *self._pile(session),
+        ]
 
     def _pile(self, session: Session) -> list[Any]:
-        begun = [(f"{', '.join(r.wanted.names)} with {r.method}", name) for name, r in unfinished(session.desk.runs)
-                 if r.model == session.name]  # fmt: skip
-        return [gr.update(visible=bool(begun), label=f"Unfinished erasures ({len(begun)})"),
-                gr.update(choices=begun, value=begun[0][1] if begun else None)]  # fmt: skip
+        begun = [
+            (f"{', '.join(r.wanted.names)} with {r.method}", name)
+            for name, r in unfinished(session.desk.runs)
+            if r.model == session.name
+        ]
+        return [
+            gr.update(visible=bool(begun), label=f"Unfinished erasures ({len(begun)})"),
+            gr.update(choices=begun, value=begun[0][1] if begun else None),
+        ]
 
     # -- what happens ------------------------------------------------------------------------------
 
@@ -139,18 +163,28 @@ class Erasing:
                 if one is not None
                 else common_kind([_known(session, name) for name in chosen])
             )
+            names, first = _presets(method, kind, world)
             return [
-                gr.update(visible=len(chosen) == 1), one.kind if one else "object", one.anchor or "" if one else "",
-                ", ".join(one.phrases) if one else "", gr.update(visible=bool(chosen) and world), *_presets(method, kind, world)[:1],
-            ]  # fmt: skip
+                gr.update(visible=len(chosen) == 1),
+                one.kind if one else "object",
+                one.anchor or "" if one else "",
+                ", ".join(one.phrases) if one else "",
+                gr.update(visible=bool(chosen) and world),
+                gr.update(choices=names, value=first),
+            ]
 
         def described(
             method: str | None, chosen: list[str], kind: str, request: gr.Request
         ) -> list[Any]:
             session = of(request)
             world = session.name is not None and session.model.companions is not None
-            known = kind if len(chosen) == 1 else None
-            return _presets(method, known, world)
+            names, first = _presets(method, kind if len(chosen) == 1 else None, world)
+            line = views.about(method) if method else ""
+            return [gr.update(choices=names, value=first), line, *self.form.shown(method, first)]
+
+        def filled(method: str | None, preset: str | None) -> list[Any]:
+            known = preset in _presets(method, None, False)[0]
+            return self.form.shown(method, preset) if known else [gr.skip()] * len(self.form.parts)
 
         def neighbours(chosen: list[str], keep: list[str], request: gr.Request) -> list[str]:
             session = of(request)
@@ -160,24 +194,25 @@ class Erasing:
                     found += companions.neighbours(_known(session, name))
             return [n for n in dict.fromkeys(found) if n not in chosen]
 
-        self.concepts.change(spoken(told), [self.concepts, self.method],
-                             [self.details, self.kind, self.anchor, self.phrases, self.neighbours, self.preset], **QUIET)  # fmt: skip
+        self.concepts.change(
+            spoken(told),
+            [self.concepts, self.method],
+            [self.details, self.kind, self.anchor, self.phrases, self.neighbours, self.preset],
+            **QUIET,
+        )
         self.method.change(
             spoken(described),
             [self.method, self.concepts, self.kind],
-            [self.preset, self.about],
+            [self.preset, self.about, *self.form.parts],
             **QUIET,
         )
+        self.preset.change(spoken(filled), [self.method, self.preset], self.form.parts, **QUIET)
         self.neighbours.click(spoken(neighbours), [self.concepts, self.keep], self.keep, **QUIET)
+        self._wire_erase()
         self._wire_resume()
         looking.draw_from(self.look, all_tabs, self)
 
-    def _settings(self, method: str | None, preset: str | None) -> None:
-        """The form of a method; drawn anew for each method and preset, and with it what the button does."""
-        fields = choices.form(method, preset) if method and preset else []
-        parts = [_input(method or "", preset or "", field) for field in fields]
-        if not parts:
-            gr.HTML(views.note("Open a model and choose a method first."))
+    def _wire_erase(self) -> None:
         fixed = [
             self.concepts,
             self.kind,
@@ -189,7 +224,7 @@ class Erasing:
             self.seed,
         ]
 
-        # A set of inputs comes as one mapping, so that their number need not be known here.
+        # A set of inputs comes as one mapping: there are too many of them for names.
         def erase(values: dict[Any, Any], request: gr.Request) -> Iterator[list[Any]]:
             session = self.page.windows.of(request)
 
@@ -199,8 +234,10 @@ class Erasing:
                 )
                 if not method:
                     raise InputError("no method is chosen; open a model first")
-                changed = choices.changes(fields, [values[part] for part in parts])
                 wanted = inputs.wanted(chosen, kind, anchor, phrases)
+                session.concepts(wanted)
+                parts = self.form.parts
+                changed = self.form.changes(method, preset, [values[part] for part in parts])
                 number = inputs.whole(seed, "seed") or 0
                 asked = Erasure(
                     session.name or "", wanted, method, preset, changed, tuple(keep or ()), number
@@ -209,7 +246,7 @@ class Erasing:
 
             yield from self._follow(session, begin)
 
-        self.erase.click(erase, {*fixed, *parts}, self._shown(), **QUIET)
+        self.erase.click(erase, {*fixed, *self.form.parts}, self._shown(), **QUIET)
 
     def _shown(self) -> list[Any]:
         return [
@@ -243,8 +280,7 @@ class Erasing:
                 ]
                 over += [*self._pile(session), self.looking.suggested(session, made.held.concepts)]
             else:
-                ended = "Stopped. Press Resume, and the same settings go on from the last checkpoint, where the method keeps one."
-                text = views.note(ended) if job.state == "stopped" else ""
+                text = views.note(STOPPED) if job.state == "stopped" else ""
                 over += [
                     text,
                     gr.skip(),
@@ -274,27 +310,6 @@ def _known(session: Session, name: str) -> Concept:
     return (companions.concept(name) if companions is not None else None) or Concept(name)
 
 
-def _presets(method: str | None, kind: str | None, world: bool) -> list[Any]:
-    """New values of the list of presets, and a line about the method."""
-    if not method:
-        return [CLOSED, ""]
-    names, first = choices.presets(method, kind, world)
-    return [gr.update(choices=names, value=first), views.about(method)]
-
-
-def _input(method: str, preset: str, field: choices.Field) -> Any:
-    """One setting of the form; a key keeps what was typed while the same form is drawn again."""
-    label = field.name.replace("_", " ")
-    common: dict[str, Any] = {
-        "label": label,
-        "info": field.help,
-        "interactive": True,
-        "elem_classes": "x-setting",
-        "min_width": 160,
-    }
-    common["key"] = f"{method}/{preset}/{field.name}"
-    if field.control == "switch":
-        return gr.Checkbox(bool(field.value), **common)
-    if field.control == "list":
-        return gr.Dropdown(list(field.choices), value=field.value, **common)
-    return gr.Textbox(str(field.value), max_lines=2, **common)
+def _presets(method: str | None, kind: str | None, world: bool) -> tuple[list[str], str | None]:
+    """A method's presets, and the one to begin with."""
+    return choices.presets(method, kind, world) if method else ([], None)

@@ -16,8 +16,8 @@ from ..evidence.gallery import data_uri
 
 if TYPE_CHECKING:
     from .comparing import Cell, Grid, Row
+    from .held import Held
     from .jobs import Job
-    from .session import Held
 
 __all__ = [
     "about",
@@ -67,7 +67,8 @@ def card(rows: Sequence[tuple[str, str]]) -> str:
 
 def code(command: str) -> str:
     """The same on the command line."""
-    return f'<details class="x-code"><summary>The same on the command line</summary><pre>{escape(command)}</pre></details>'
+    inner = f"<summary>The same on the command line</summary><pre>{escape(command)}</pre>"
+    return f'<details class="x-code">{inner}</details>'
 
 
 def clock(seconds: float) -> str:
@@ -118,7 +119,7 @@ def _counts(job: Job) -> list[str]:
     report = job.report
     if report is None:
         return []
-    facts = [f"{report.done:,} of {report.total:,} {report.unit}s"]
+    facts = [f"{report.label}: {report.done:,} of {report.total:,} {report.unit}s"]
     if job.rate is not None and job.state == "running":
         facts.append(
             f"{job.rate:.3g} {report.unit}s/s"
@@ -175,7 +176,10 @@ def grid(made: Grid) -> str:
             if shown
             else escape(MEANING[column])
         )
-        heads.append(f'<div class="x-count {column}" title="{escape(MEANING[column])}"><b>{COLUMNS[column]}</b><span>{count}</span></div>')  # fmt: skip
+        heads.append(
+            f'<div class="x-count {column}" title="{escape(MEANING[column])}">'
+            f"<b>{COLUMNS[column]}</b><span>{count}</span></div>"
+        )
     notes = "".join(note(text) for text in made.notes)
     cards = "".join(_row(row, made) for row in made.rows)
     return f'<div class="x-counts">{"".join(heads)}</div>{notes}<div class="x-cards">{cards}</div>'
@@ -211,7 +215,8 @@ def _cell(cell: Cell, column: str, row: Row, made: Grid) -> str:
         if said and word
         else ""
     )
-    return f'<figure class="x-cell"><figcaption><b class="{column}">{COLUMNS[column]}</b>{mark}</figcaption>{inner}</figure>'
+    head = f'<figcaption><b class="{column}">{COLUMNS[column]}</b>{mark}</figcaption>'
+    return f'<figure class="x-cell">{head}{inner}</figure>'
 
 
 def _uri(picture: np.ndarray) -> str:
@@ -227,5 +232,5 @@ def _uri(picture: np.ndarray) -> str:
 
 def report_frame(address: str, name: str) -> str:
     """The report of a run inside the window; it may neither run scripts nor reach out of its frame."""
-    safe = escape(address, quote=True)
-    return f'<iframe class="x-report" sandbox="allow-popups" src="{safe}" title="Report {escape(name, quote=True)}"></iframe>'
+    safe, title = escape(address, quote=True), escape(f"Report {name}", quote=True)
+    return f'<iframe class="x-report" sandbox="allow-popups" src="{safe}" title="{title}"></iframe>'
