@@ -6,7 +6,6 @@
     choices   what can be chosen
     session   what one window has open and can do
     comparing before, after and never at equal seeds
-    judging   who judges
     views     HTML; every text of a user is escaped there
     windows, layout, tab_erase, tab_compare, tab_audit   the page, with Gradio (extra `ui`)
     server    the program: loopback only

@@ -135,6 +135,7 @@ class Page:
                     [(c.label, c.id) for c in choices.models()],
                     value=self.first,
                     allow_custom_value=True,
+                    label="Model",
                     show_label=False,
                     container=False,
                     min_width=150,
@@ -152,7 +153,12 @@ class Page:
             gr.HTML("<h2>Edits</h2>")
             self.state_of_edits = gr.HTML(views.edits([]))
             self.edits = gr.CheckboxGroup(
-                [], show_label=False, container=False, visible=False, elem_id="edits"
+                [],
+                label="Edits that are on",
+                show_label=False,
+                container=False,
+                visible=False,
+                elem_id="edits",
             )
             load = gr.UploadButton(
                 "Load an edit file", file_types=[".safetensors"], size="md", elem_id="load"
@@ -160,7 +166,7 @@ class Page:
             with gr.Accordion("Save, export, remove", open=False, elem_id="export-box"):
                 self.chosen = gr.Dropdown([], label="Edit", elem_id="chosen")
                 with gr.Row(elem_classes="x-joined"):
-                    save = gr.DownloadButton("Save the edit", min_width=100, elem_id="save")
+                    save = gr.DownloadButton("Save", min_width=100, elem_id="save")
                     remove = gr.Button("Remove", min_width=80, elem_id="remove")
                 format = gr.Dropdown(
                     FORMATS, value="diffusers", label="Export for", elem_id="format"
@@ -244,6 +250,7 @@ class Page:
         def export(
             digest: str, format: str, rank: str, gate: bool, request: gr.Request
         ) -> Iterator[list[Any]]:
+            """Write the chosen edit for another program, and offer the files."""
             session = self.windows.of(request)
 
             def begin() -> Any:

@@ -100,8 +100,7 @@ class Examination:
         budget: Name of the allowance for each attacked prompt.
         n, kept_n, attack_n: Prompts for the concept, for each kept concept, and attacked.
         seed: Chooses the prompts, and seeds the attacks.
-        clip: Folder or hub id of a CLIP that judges where the model has no judge of its own.
-        labels: What that CLIP tells the concepts from.
+        judge: Who judges, as on the command line; the model's own where it is ``None``.
     """
 
     wanted: Wanted = Wanted(())
@@ -111,13 +110,13 @@ class Examination:
     kept_n: int = 4
     attack_n: int = 6
     seed: int = 0
-    clip: str | None = None
-    labels: tuple[str, ...] = ()
+    judge: str | None = None
 
     def command(self, model: str, edits: Sequence[Path], out: str = "out") -> str:
         """The same on the command line."""
         words = ["audit", "--model", model, *_typed(self.wanted)]
         words += [w for file in edits for w in ("--edit", str(file))]
+        words += ["--judge", self.judge] if self.judge else []
         words += ["--attacks", ",".join(self.attacks) or "none", "--budget", self.budget]
         words += [
             "--n",

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from .. import catalogue
 from ..cli import common
 from ..errors import ConceptError, EditFormatError, InputError, RunError, nearest
-from . import choices, comparing, judging
+from . import choices, comparing
 from .held import MAX_FILE, EditList, Held, size
 from .jobs import Job
 from .requests import Comparison, Erasure, Examination, Wanted, folder_name
@@ -210,6 +210,7 @@ class Session:
         named = ", ".join(c.name for c in concepts)
 
         def work() -> Erased:
+            """The folder depends on the state of the weights, which takes a look at all of them."""
             with common.quietly(), self.edits.applied(model, below):
                 state = model.state
                 made = [
@@ -293,13 +294,18 @@ class Session:
         concepts = self.concepts(request.wanted) if request.wanted.names else tuple(named.values())
         for id in request.attacks:
             catalogue.resolve(id)
+        if request.judge is None and common.own_judge(model) is None:
+            raise InputError(
+                f"{model.name} has no judge of its own; name one, for example classifier:model=FOLDER"
+            )
         request = dataclasses.replace(request, wanted=Wanted(tuple(c.name for c in concepts)))
         digests = [one.digest for one in held]
 
         def work() -> Audited:
+            """Judge, folder, audit, files."""
             from ..evidence import audit
 
-            judge = judging.judge_of(model, concepts, request.clip, request.labels)
+            judge = common.chosen_judge(model, request.judge)
             files = [one.file for one in held]
             with common.quietly():
                 asked = [
@@ -323,9 +329,7 @@ class Session:
                     rebase=self.edits.rebase,
                     sibling=self.edits.sibling,
                     progress=False,
-                    command=None
-                    if request.clip
-                    else request.command(model.name, files, folder.name),
+                    command=request.command(model.name, files, folder.name),
                 )
                 return Audited(evidence, evidence.save(folder))
 

@@ -92,7 +92,7 @@ def described(model: Model) -> list[tuple[str, str]]:
         ("Precision", f"{str(first.dtype).removeprefix('torch.')} on {first.device}"),
     ]
     if companions is None or companions.judge is None:
-        rows.append(("Judge", "none of its own: audits take a CLIP that you name"))
+        rows.append(("Judge", "none of its own: an audit needs one that you name"))
     else:
         rows.append(("Judge", f"the world's own ({companions.world})"))
     if companions is None or companions.never is None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from ..measure.judges import known_ids
 from . import choices, inputs, views
 from .requests import Examination
 from .windows import QUIET, spoken
@@ -36,20 +37,10 @@ class Auditing:
                         elem_id="attacks",
                         info="Each runs with the same prompts, seed and budget on every model.",
                     )
-                    with gr.Column(visible=False, elem_classes="x-plain") as self.clip_parts:
-                        self.clip = gr.Textbox(
-                            "",
-                            label="CLIP that judges",
-                            placeholder="a folder or a hub id",
-                            elem_id="clip",
-                            info="This model has no judge of its own.",
-                        )
-                        self.labels = gr.Textbox(
-                            "",
-                            label="What it is to tell the concept from",
-                            elem_id="labels",
-                            placeholder="circle, square, triangle",
-                        )
+                    self.judge = gr.Textbox(
+                        "", label="Judge", placeholder="the model's own", elem_id="judge"
+                    )
+                    self.who = gr.HTML("")
                 with gr.Column(scale=2, min_width=240):
                     self.budget = gr.Dropdown(
                         [(b.label, b.id) for b in choices.budgets()],
@@ -76,7 +67,7 @@ class Auditing:
                     min_width=240,
                 )
                 self.download = gr.DownloadButton(
-                    "Save the report", min_width=120, scale=1, interactive=False, elem_id="download"
+                    "Save", min_width=120, scale=1, interactive=False, elem_id="download"
                 )
             self.frame = gr.HTML(
                 views.note("No report is open. An audit of the edits that are on writes one."),
@@ -86,7 +77,7 @@ class Auditing:
     @property
     def on_open_parts(self) -> list[Any]:
         """What :meth:`on_open` gives values to."""
-        return [self.attacks, self.clip_parts, self.reports]
+        return [self.attacks, self.judge, self.who, self.reports]
 
     def on_open(self, session: Session) -> list[Any]:
         """Attacks for the family, a CLIP where nobody judges, reports made before."""
@@ -96,7 +87,8 @@ class Auditing:
         usual = [a.id for a in found if "searches" in a.label] if judged else []
         return [
             gr.update(choices=[(a.label, a.id) for a in found], value=usual),
-            gr.update(visible=not judged and session.model.family != "language"),
+            gr.update(placeholder="the model's own" if judged else "classifier:model=FOLDER"),
+            views.judges(known_ids(session.model), judged),
             self._reports(session, None),
         ]
 
@@ -114,10 +106,10 @@ class Auditing:
             kept_n: str,
             attack_n: str,
             seed: str,
-            clip: str,
-            labels: str,
+            judge: str,
             request: gr.Request,
         ) -> Iterator[list[Any]]:
+            """Audit what is on, and open the report."""
             session = self.page.windows.of(request)
 
             def begin() -> Any:
@@ -128,8 +120,7 @@ class Auditing:
                     kept_n=inputs.whole(kept_n, "kept prompts", 1, 1_000) or 1,
                     attack_n=inputs.whole(attack_n, "attacked prompts", 1, 1_000) or 1,
                     seed=inputs.whole(seed, "seed") or 0,
-                    clip=(clip or "").strip() or None,
-                    labels=inputs.names(labels),
+                    judge=(judge or "").strip() or None,
                 )
                 return session.audit(asked)
 
@@ -151,8 +142,7 @@ class Auditing:
             self.kept_n,
             self.attack_n,
             self.seed,
-            self.clip,
-            self.labels,
+            self.judge,
         ]
         shown = [self.frame, self.download]
         self.audit.click(audited, given, [*self.page.job_parts, self.reports, *shown], **QUIET)

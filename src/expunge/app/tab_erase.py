@@ -55,14 +55,22 @@ class Erasing:
                     elem_id="look",
                 )
             self.result = gr.HTML("")
-            with gr.Accordion("Unfinished erasures", open=False, visible=False) as self.pile:
+            with gr.Accordion(
+                "Unfinished erasures", open=False, visible=False, elem_classes="x-box"
+            ) as self.pile:
                 gr.HTML(
                     views.note(
                         "Begun in this folder and interrupted. They go on from their last checkpoint."
                     )
                 )
                 with gr.Row(elem_classes="x-joined"):
-                    self.begun = gr.Dropdown([], show_label=False, container=False, elem_id="begun")
+                    self.begun = gr.Dropdown(
+                        [],
+                        label="Unfinished erasure",
+                        show_label=False,
+                        container=False,
+                        elem_id="begun",
+                    )
                     self.resume = gr.Button("Resume", min_width=90, scale=0, elem_id="resume")
 
     def _concepts(self) -> None:
@@ -119,7 +127,8 @@ class Erasing:
     @property
     def on_open_parts(self) -> list[Any]:
         """What :meth:`on_open` gives values to."""
-        return [self.concepts, self.keep, self.neighbours, self.method, self.pile, self.begun]
+        fixed = [self.concepts, self.keep, self.neighbours, self.method, self.pile, self.begun]
+        return [*fixed, self.preset, self.about, *self.form.parts]
 
     def on_open(self, session: Session) -> list[Any]:
         """Choices of an open model."""
@@ -133,7 +142,14 @@ class Erasing:
             gr.update(visible=False),
             gr.update(choices=methods, value=first),
             *self._pile(session),
+            *self._filled(first, None, session.model.companions is not None),
         ]
+
+    def _filled(self, method: str | None, kind: str | None, world: bool) -> list[Any]:
+        """Presets of a method, a line about it, and its settings."""
+        names, first = _presets(method, kind, world)
+        line = views.about(method) if method else ""
+        return [gr.update(choices=names, value=first), line, *self.form.shown(method, first)]
 
     def _pile(self, session: Session) -> list[Any]:
         begun = [
@@ -153,6 +169,7 @@ class Erasing:
         self.looking, of = looking, self.page.windows.of
 
         def told(chosen: list[str], method: str | None, request: gr.Request) -> list[Any]:
+            """What is known of the chosen concepts, and the preset for their kind."""
             session = of(request)
             if session.name is None:
                 return [gr.skip()] * 6
@@ -178,9 +195,7 @@ class Erasing:
         ) -> list[Any]:
             session = of(request)
             world = session.name is not None and session.model.companions is not None
-            names, first = _presets(method, kind if len(chosen) == 1 else None, world)
-            line = views.about(method) if method else ""
-            return [gr.update(choices=names, value=first), line, *self.form.shown(method, first)]
+            return self._filled(method, kind if len(chosen) == 1 else None, world)
 
         def filled(method: str | None, preset: str | None) -> list[Any]:
             known = preset in _presets(method, None, False)[0]
@@ -226,9 +241,11 @@ class Erasing:
 
         # A set of inputs comes as one mapping: there are too many of them for names.
         def erase(values: dict[Any, Any], request: gr.Request) -> Iterator[list[Any]]:
+            """Erase with what stands in the fields."""
             session = self.page.windows.of(request)
 
             def begin() -> Any:
+                """Read the fields; every mistake in them is an error here."""
                 chosen, kind, anchor, phrases, method, preset, keep, seed = (
                     values[part] for part in fixed
                 )

@@ -27,6 +27,7 @@ __all__ = [
     "edits",
     "exported",
     "grid",
+    "judges",
     "note",
     "progress",
     "report_frame",
@@ -142,6 +143,12 @@ def _bar(label: str, share: float | None, facts: Sequence[str], tone: str, text:
     )
 
 
+def judges(ids: Sequence[str], own: bool) -> str:
+    """Which judges can be named."""
+    first = "" if own else "This model has no judge of its own, so one must be named. "
+    return note(f"{first}ID or ID:setting=value,... of {', '.join(ids)}.")
+
+
 def edits(held: Sequence[Held]) -> str:
     """What the list of edits holds, where it is empty or where an edit has something to say."""
     if not held:
@@ -154,7 +161,8 @@ def edits(held: Sequence[Held]) -> str:
 
 def exported(report: Mapping[str, Any], path: Path) -> str:
     """What an export carries and what it had to leave out."""
-    lost = f", relative error {report['relative_error']:.1e}" if report.get("rank") else ""
+    error = report["relative_error"] if report.get("rank") else 0.0
+    lost = f", relative error {error:.1e}" if error > 1e-6 else ", without loss"
     lines = [note(f"{report['tensors']} tensors{lost}; in {path}", "good")]
     if report.get("left_out"):
         lines.append(
