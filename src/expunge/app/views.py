@@ -223,8 +223,9 @@ def _cell(cell: Cell, column: str, row: Row, made: Grid) -> str:
         if said and word
         else ""
     )
-    head = f'<figcaption><b class="{column}">{COLUMNS[column]}</b>{mark}</figcaption>'
-    return f'<figure class="x-cell">{head}{inner}</figure>'
+    # The verdict stands below, so that pictures side by side begin at one height.
+    head = f'<figcaption><b class="{column}">{COLUMNS[column]}</b></figcaption>'
+    return f'<figure class="x-cell">{head}{inner}{mark}</figure>'
 
 
 def _uri(picture: np.ndarray) -> str:
