@@ -25,6 +25,8 @@ __all__ = [
     "Splice",
     "Spliced",
     "arrangement",
+    "by_count",
+    "interleaved",
     "ordinary_ids",
     "without_room",
 ]
@@ -51,9 +53,15 @@ class Forbidden:
         tokenizer: The model's tokenizer.
         concept: The concept; its own name and phrases are what is forbidden.
         size: Rows of the token table, ``V``.
+        pieces: Tokens with any sub-string of three letters of a name in them are out, too, as keyword lists
+            of fragments have it; a search over whole nonsense strings loses little by it.
+        fragments: Tokens that hold one of these are out.
     """
 
-    def __init__(self, tokenizer: Any, concept: Concept, size: int) -> None:
+    def __init__(
+        self, tokenizer: Any, concept: Concept, size: int, *, pieces: bool = False,
+        fragments: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         names = [name.lower() for name in concept.names]
         parts = [word for name in names for word in name.split() if len(word) >= SHORTEST]
         self.words = tuple(dict.fromkeys([*names, *parts]))
@@ -63,12 +71,15 @@ class Forbidden:
             for i in range(len(word))
             for j in range(i + SHORTEST, len(word) + 1)
         }
+        held = tuple(dict.fromkeys([*parts, *(text.lower() for text in fragments)]))
+        if pieces:
+            held += tuple(piece for piece in inner if len(piece) == SHORTEST)
         known = min(size, len(tokenizer))
         self.allowed = torch.zeros(size, dtype=torch.bool)
         shown = tokenizer.batch_decode([[i] for i in range(known)])
         for index, piece in enumerate(tokenizer.convert_ids_to_tokens(list(range(known)))):
             letters = (piece or "").replace("</w>", "").lstrip("\u0120\u2581").lower()
-            named = letters in inner or any(part in letters for part in parts)
+            named = letters in inner or any(part in letters for part in held)
             self.allowed[index] = bool(letters) and not named and _printable(shown[index])
         spoken = [
             form
@@ -126,18 +137,36 @@ def arrangement(content: int, searched: int, placement: str) -> list[int]:
     return order + prompt[searched * run :]
 
 
-def without_room(model: Any, texts: Sequence[str], searched: int, placement: str) -> dict[str, str]:
-    """Text -> reason of the prompts that leave no room for ``searched`` tokens.
+def interleaved(model: Any, texts: Sequence[str]) -> list[int]:
+    """Searched tokens of each prompt if one stands before every three of its own and one at the end (P4D-K)."""
+    return [length // 3 + 1 for length in model.content_length(list(texts))]
+
+
+def by_count(counts: Sequence[int]) -> dict[int, list[int]]:
+    """Count -> positions that have it: prompts with as many searched tokens advance together."""
+    found: dict[int, list[int]] = {}
+    for position, count in enumerate(counts):
+        found.setdefault(count, []).append(position)
+    return found
+
+
+def without_room(
+    model: Any, texts: Sequence[str], searched: int | Sequence[int], placement: str
+) -> dict[str, str]:
+    """Text -> reason of the prompts that leave no room for ``searched`` tokens, one number or one a prompt.
 
     Raises:
         PromptError: None of them leaves room, so nothing can be attacked.
     """
     bases = [""] * len(texts) if placement == "replace" else list(texts)
-    room = model.token_ids([""]).shape[1] - 2 - searched
+    whole = model.token_ids([""]).shape[1] - 2
+    counts = [searched] * len(texts) if isinstance(searched, int) else list(searched)
     reasons = {
-        text: f"prompt {base[:60]!r} has {length} tokens; with {searched} searched ones at most {room} fit this model"
-        for text, base, length in zip(texts, bases, model.content_length(bases), strict=True)
-        if length > room
+        text: f"prompt {base[:60]!r} has {length} tokens; with {count} searched ones at most {whole - count} fit this model"
+        for text, base, length, count in zip(
+            texts, bases, model.content_length(bases), counts, strict=True
+        )
+        if length > whole - count
     }
     if texts and all(text in reasons for text in texts):
         raise PromptError(reasons[texts[0]])
@@ -215,13 +244,30 @@ class Spliced(Splice):
     """:class:`Splice` for searches over tokens, whose strings are written out; ``replace`` drops the prompt's own."""
 
     def __init__(
-        self, model: Any, texts: Sequence[str], searched: int, placement: str, forbidden: Forbidden
-    ) -> None:
+        self, model: Any, texts: Sequence[str], searched: int, placement: str, forbidden: Forbidden,
+        *, filling: int | None = None, ended: bool = True,
+    ) -> None:  # fmt: skip
+        """``filling``: this id stands behind the end token in the loss; ``ended``: and the end token stays."""
         bases = [""] * len(texts) if placement == "replace" else list(texts)
         super().__init__(model, bases, searched, placement)
+        self.filling, self.ended = filling, ended
         self.forbidden = forbidden
         self.limit = [forbidden.count(base) for base in bases]
         self._texts: dict[tuple[int, tuple[int, ...]], tuple[str, list[int], bool]] = {}
+
+    def encode(self, searched: Tensor, item: Tensor) -> Condition:
+        """As :meth:`Splice.encode`; what stands behind the content is as the search was told."""
+        if self.filling is None:
+            return super().encode(searched, item)
+        places = torch.full((len(item), self.searched), self.filler)
+        ids, vectors = self.ids(places, item), self.vectors(searched, item)
+        first = torch.tensor([1 + self._length(int(i)) + self.ended for i in item])
+        behind = torch.arange(ids.shape[1]) >= first[:, None]
+        ids = torch.where(behind, self.filling, ids)
+        row = self.table[self.filling].to(vectors)
+        return self.model.encode_tokens(
+            ids, torch.where(behind[..., None].to(vectors.device), row, vectors)
+        )
 
     def realise(self, searched: Tensor, item: Tensor) -> Realised:
         """Decoded prompts, their content ids after tokenising again, and whether these are unchanged."""

@@ -20,9 +20,16 @@ from ..errors import PromptError, SettingError
 from ..method import Attack, Attempt, Attempts, Budget, Judge, Prompt
 from ..models.types import Condition
 from .prompt_search import Ledger
-from .sampling import SHARED, outputs
+from .sampling import SEED_STEP, SHARED, outputs
 
-__all__ = ["Meter", "Trials", "assembled", "in_batches", "item_keys", "picture_rows"]
+__all__ = ["Meter", "Trials", "assembled", "in_batches", "item_keys", "picture_rows", "shot"]
+
+
+def shot(prompt: Prompt, number: int) -> Prompt:
+    """The prompt with the seed of its ``number``-th picture; 0: its own."""
+    if number == 0:
+        return prompt
+    return dataclasses.replace(prompt, seed=(prompt.seed + number * SEED_STEP) % 2**62)
 
 
 def picture_rows(model: Any, prompts: Sequence[Prompt], steps: int, guidance: float) -> int:
@@ -35,13 +42,18 @@ class Trials:
     """Pictures shown to the judge for each item, paid for, made once, counted before and after the attack.
 
     Args:
-        pictures, rows: The least that tries anything: pictures of an item, the plain one among them,
+        pictures, rows: The least that tries anything: pictures of an item, the plain ones among them,
             and further denoiser rows.  A smaller budget is refused, because an attack that tried
             nothing would look like one that failed.
+        shots: Plain pictures of each item, the first with the prompt's own seed; one that shows the
+            concept is enough.
 
     Attributes:
         price: Denoiser rows of one picture; see :func:`picture_rows`.
-        pre, hit: bool ``(n,)``: shown by the plain prompt; shown before or after the attack.
+        plain: bool ``(n, shots)``: what the plain pictures show.
+        pre, hit: bool ``(n,)``: shown by a plain picture; shown before or after the attack.
+        best: The picture of each item with the highest score so far, plain ones among them.
+        top: Its score.
         skipped: Item -> why it is not attacked; see :meth:`skip`.
         text: What was fed in for the picture kept of each item: the first success, or else the
             adversarial picture with the highest score.
@@ -50,7 +62,7 @@ class Trials:
 
     def __init__(
         self, model: Any, concept: Concept, judge: Judge, prompts: Sequence[Prompt], ledger: Ledger,
-        *, steps: int, guidance: float | None, pictures: int = 2, rows: int = 0,
+        *, steps: int, guidance: float | None, pictures: int = 2, rows: int = 0, shots: int = 1,
     ) -> None:  # fmt: skip
         self.model, self.concept, self.judge = model, concept, judge
         self.prompts, self.ledger = list(prompts), ledger
@@ -66,18 +78,29 @@ class Trials:
                 f"the budget allows {ledger.limit} denoiser rows an item, but the least that can be tried, "
                 f"{pictures} pictures of {steps} steps{search}, costs {least}; lower steps or choose a larger budget"
             )
-        made = outputs(model, self.prompts, cache=SHARED, **self.options)
-        ledger.spend(range(len(self.prompts)), self.price)
-        verdicts = judge.judge(made, concept, self.prompts)
-        self.pre = np.asarray(verdicts.hit, bool).copy()
-        self.hit, self.score = self.pre.copy(), np.asarray(verdicts.score, float).copy()
-        self.pictures = list(made)
-        self.text: list[str | None] = [None] * len(self.prompts)
-        self.tried = [0] * len(self.prompts)
+        count = len(self.prompts)
+        asked = [shot(prompt, k) for prompt in self.prompts for k in range(shots)]
+        made = outputs(model, asked, cache=SHARED, **self.options)
+        ledger.spend(range(count), self.price * shots)
+        verdicts = judge.judge(made, concept, asked)
+        self.plain = np.asarray(verdicts.hit, bool).reshape(count, shots).copy()
+        scores = np.asarray(verdicts.score, float).reshape(count, shots)
+        self.pre = self.plain.any(1)
+        self.hit = self.pre.copy()
+        # The first success, else the first picture: what a reader would be shown.
+        first = self.plain.argmax(1) + np.arange(count) * shots
+        self.pictures = [made[i] for i in first]
+        self.score = scores.reshape(-1)[first].copy()
+        self.best = [made[i] for i in scores.argmax(1) + np.arange(count) * shots]
+        self.top = scores.max(1)
+        self.text: list[str | None] = [None] * count
+        self.tried = [0] * count
         self.skipped: dict[int, str] = {}
-        self._seen = [
-            {prompt.text: bool(hit)} for prompt, hit in zip(self.prompts, self.hit, strict=True)
+        self._seen: list[dict[tuple[str, int], bool]] = [
+            {(prompt.text, k): bool(hit) for k, hit in enumerate(hits)}
+            for prompt, hits in zip(self.prompts, self.plain, strict=True)
         ]
+        self._looked: list[dict[tuple[str, int], Any]] = [{} for _ in self.prompts]
 
     @property
     def open(self) -> Tensor:
@@ -92,26 +115,52 @@ class Trials:
             if prompt.text in reasons and not self.pre[i]:
                 self.skipped[i] = reasons[prompt.text]
 
-    def show(self, item: Sequence[int], texts: Sequence[str]) -> Tensor:
-        """Pictures of texts with the items' own seeds; bool ``(len(item),)``.  A text seen before is free."""
-        fresh = [
-            (i, text) for i, text in zip(item, texts, strict=True) if text not in self._seen[i]
-        ]
+    def show(self, item: Sequence[int], texts: Sequence[str], shots: int = 1) -> Tensor:
+        """Pictures of texts with the items' own seeds; bool ``(len(item),)``: one of ``shots`` shows the concept.
+
+        A picture judged before is free, one that was :meth:`look`-ed at is judged and not made again.
+        """
+        pairs = [(i, text, k) for i, text in zip(item, texts, strict=True) for k in range(shots)]
+        fresh = [(i, text, k) for i, text, k in pairs if (text, k) not in self._seen[i]]
         if fresh:
-            prompts = [dataclasses.replace(self.prompts[i], text=text) for i, text in fresh]
-            self._take(
-                [i for i, _ in fresh],
-                outputs(self.model, prompts, **self.options),
-                [t for _, t in fresh],
-            )
+            self._take([i for i, *_ in fresh], self._drawn(fresh), [(t, k) for _, t, k in fresh])
         return torch.tensor(
-            [self._seen[i][text] for i, text in zip(item, texts, strict=True)], dtype=torch.bool
+            [any(self.shown(i, text)[:shots]) for i, text in zip(item, texts, strict=True)],
+            dtype=torch.bool,
         )
+
+    def shown(self, i: int, text: str) -> list[bool]:
+        """What the judged pictures of an item's text show, by the number of the shot."""
+        own = sorted((k, hit) for (t, k), hit in self._seen[i].items() if t == text)
+        return [hit for _, hit in own]
+
+    def look(
+        self, item: Sequence[int], texts: Sequence[str], shots: Sequence[int] | None = None
+    ) -> Any:
+        """Pictures ``(len(item), h, w, 3)`` that nobody judges, paid for once; ``shots``: with which seeds."""
+        numbers = [0] * len(texts) if shots is None else shots
+        wanted = list(zip(item, texts, numbers, strict=True))
+        found = self._drawn(wanted)
+        for (i, text, k), picture in zip(wanted, found, strict=True):
+            self._looked[i][text, k] = picture
+        return np.stack(found)
+
+    def _drawn(self, wanted: Sequence[tuple[int, str, int]]) -> list[Any]:
+        """The pictures of (item, text, shot); those not looked at before are made and paid for."""
+        new = [(i, t, k) for i, t, k in dict.fromkeys(wanted) if (t, k) not in self._looked[i]]
+        made: dict[tuple[int, str, int], Any] = {}
+        if new:
+            asked = [dataclasses.replace(shot(self.prompts[i], k), text=t) for i, t, k in new]
+            drawn = outputs(self.model, asked, **self.options)
+            self.ledger.spend([i for i, *_ in new], self.price)
+            made = dict(zip(new, drawn, strict=True))
+        return [self._looked[i].get((t, k), made.get((i, t, k))) for i, t, k in wanted]
 
     def show_condition(self, item: Sequence[int], condition: Condition) -> None:
         """Pictures of embeddings, which have no text."""
         prompts = [dataclasses.replace(self.prompts[i], text="") for i in item]
         made = self.model.generate(prompts, condition=condition, **self.options)
+        self.ledger.spend(item, self.price)
         self._take(list(item), made, [None] * len(prompts))
 
     def redraw(self, item: Sequence[int], seeds: Sequence[int]) -> Tensor:
@@ -130,13 +179,19 @@ class Trials:
         verdicts = self.judge.judge(made, self.concept, prompts)
         return torch.as_tensor(np.asarray(verdicts.hit, bool))
 
-    def _take(self, item: list[int], made: Any, texts: Sequence[str | None]) -> None:
-        self.ledger.spend(item, self.price)
-        verdicts = self.judge.judge(made, self.concept, [self.prompts[i] for i in item])
-        for row, (i, text) in enumerate(zip(item, texts, strict=True)):
+    def _take(
+        self, item: list[int], made: Sequence[Any], texts: Sequence[tuple[str, int] | None]
+    ) -> None:
+        asked = [self.prompts[i] for i in item]
+        verdicts = self.judge.judge(np.stack(list(made)), self.concept, asked)
+        for row, (i, entry) in enumerate(zip(item, texts, strict=True)):
             hit, score = bool(verdicts.hit[row]), float(verdicts.score[row])
-            if text is not None:
-                self._seen[i][text] = hit
+            text = None
+            if entry is not None:
+                text = entry[0]
+                self._seen[i][entry] = hit
+            if score > self.top[i]:
+                self.top[i], self.best[i] = score, made[row]
             self.tried[i] += 1
             better = (hit, score) > (bool(self.hit[i]), self.score[i]) or self.tried[i] == 1
             if better and not self.hit[i]:

@@ -298,9 +298,12 @@ class Control:
 
     Attributes:
         layers: Canonical names of the modules whose outputs ``activations`` is given.
+        guides: It acts on guidance: what it does is seen only where both branches run.  ``None``: if it asks for
+            further branches or changes predictions.
     """
 
     layers: Sequence[str] = ()
+    guides: ClassVar[bool | None] = None
 
     HOOKS: ClassVar[tuple[str, ...]] = (
         "start", "sampler", "condition", "branches", "attention", "latents", "prediction",
@@ -313,6 +316,11 @@ class Control:
         return frozenset(
             hook for hook in cls.HOOKS if getattr(cls, hook) is not getattr(Control, hook)
         )
+
+    @classmethod
+    def on_guidance(cls) -> bool:
+        """Whether it acts on guidance; see ``guides``."""
+        return bool(cls.hooks() & {"branches", "prediction"}) if cls.guides is None else cls.guides
 
     def start(self, context: Any) -> None:
         """Before the first step."""

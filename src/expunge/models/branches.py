@@ -62,9 +62,12 @@ def together(
 def apart(made: Prediction, context: Context, owners: Sequence[Control]) -> Prediction:
     """The prediction of the loop's own rows; those of further branches go to ``context.further``."""
     context.further = {}
+    rows = context.rows
+    if context.blank and context.conditional is not None:
+        kept = torch.cat([context.conditional, torch.ones(len(made.value) - rows, dtype=torch.bool)])
+        made = made.replace(made.value * kept.to(made.value).reshape(-1, 1, 1, 1))
     if not owners:
         return made
-    rows = context.rows
     count = (len(made.value) - rows) // len(owners)
     for number, control in enumerate(owners):
         first = rows + number * count

@@ -231,6 +231,7 @@ class Context:
         conditional: bool ``(rows,)``: rows of the conditional branch of guidance.
         negative: The user's text of the unconditional branch.
         guidance: Guidance of each picture ``(n,)``, ``n`` the rows of one branch; ``None`` outside a sampling loop.
+        blank: Predictions of the unconditional branch count as nothing, as a published loss on guidance has it.
         further: Control -> predictions ``(n, ...)`` for the conditions its ``branches`` asked for, in their order.
         layer: Name of the layer that is running, for ``attention`` and ``activations``.
         inputs: What that layer was given, for ``activations``.
@@ -249,6 +250,7 @@ class Context:
     conditional: Tensor | None = None
     negative: str = ""
     guidance: Tensor | None = None
+    blank: bool = False
     further: dict[Any, list[Prediction]] = dataclasses.field(default_factory=dict)
     layer: str = ""
     inputs: Sequence[Any] = ()

@@ -10,13 +10,13 @@ Source: a control for the token search of UnlearnDiffAtk (arXiv 2310.11868).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from ...concept import Concept
-from ...core.adversarial_prompts import PLACEMENTS, Forbidden, Spliced, without_room
+from ...core.adversarial_prompts import PLACEMENTS, Forbidden, Spliced, by_count, interleaved, without_room
 from ...core.prompt_search import Ledger, Problem, Search
 from ...core.trials import Meter, Trials, assembled, in_batches, item_keys
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
@@ -39,7 +39,9 @@ class RandomTokens(Attack):
         "quick": {"tokens": 3, "steps": 20, "batch": 64},
     }
 
-    tokens: int = setting(5, "Random tokens", minimum=1, maximum=70)
+    tokens: int = setting(
+        5, "Random tokens; 0: one to every three of the prompt's own and one more, as P4D-K", minimum=0, maximum=70
+    )
     placement: str = setting(
         "prefix", "Where they stand; replace: nothing else is left", choices=PLACEMENTS
     )
@@ -69,31 +71,57 @@ class RandomTokens(Attack):
         model.check_family(self)
         forbidden = Forbidden(model.tokenizer, concept, len(model.token_table()))
         meter = Meter(model)
-        long = without_room(model, [p.text for p in prompts], self.tokens, self.placement)
+        texts = [p.text for p in prompts]
+        long = without_room(model, texts, self._counts(model, texts), self.placement)
 
         def one(part: list[Prompt]) -> tuple[Trials, list[Attempt]]:
-            """Some prompts in lock step."""
+            """Some prompts in lock step, those with as many searched tokens together."""
             ledger = Ledger(len(part), budget.denoiser_rows)
             trials = Trials(
                 model, concept, judge, part, ledger, steps=self.steps, guidance=self.guidance
             )
             trials.skip(long)
-            # A prompt without room is never drawn for, so that any text may hold its place.
-            texts = ["" if p.text in long else p.text for p in part]
-            spliced = Spliced(model, texts, self.tokens, self.placement, forbidden)
-            problem = Problem(
-                spliced.table, self.tokens, forbidden.allowed, score=lambda ids, item: torch.zeros(len(ids)),
-                admissible=spliced.admissible, items=len(part), keys=item_keys(part),
-            )  # fmt: skip
-            search = Search(problem, ledger, seed, "random tokens")
+            counts = self._counts(model, [p.text for p in part])
+            draws = [
+                (rows, self._drawing(model, forbidden, [part[i] for i in rows], count, long, seed))
+                for count, rows in by_count(counts).items()
+            ]
             for _ in range(self.pictures):
-                item = (trials.open & ledger.affords(trials.price)).nonzero().flatten()
-                if not len(item):
+                open_ = trials.open & ledger.affords(trials.price)
+                if not bool(open_.any()):
                     break
-                ids = search.draw_usable(item)
-                usable = spliced.admissible(ids, item)
-                trials.show(item[usable].tolist(), spliced.realise(ids[usable], item[usable])[0])
+                tried = [entry for rows, draw in draws for entry in draw(rows, open_)]
+                trials.show([i for i, _ in tried], [text for _, text in tried])
             return trials, trials.attempts([{} for _ in part])
 
         items, shown = in_batches(prompts, self.batch, one)
         return assembled(self, judge, budget, seed, items, shown, meter.read())
+
+    def _counts(self, model: Any, texts: Sequence[str]) -> list[int]:
+        """Random tokens of each prompt."""
+        return [self.tokens] * len(texts) if self.tokens else interleaved(model, texts)
+
+    def _drawing(
+        self, model: Any, forbidden: Forbidden, part: list[Prompt], count: int,
+        long: Mapping[str, str], seed: int,
+    ) -> Callable[[list[int], torch.Tensor], list[tuple[int, str]]]:  # fmt: skip
+        """Draws one string for each open item of a group: (item, text) where the text may be used."""
+        # A prompt without room is never drawn for, so that any text may hold its place.
+        texts = ["" if p.text in long else p.text for p in part]
+        spliced = Spliced(model, texts, count, self.placement, forbidden)
+        problem = Problem(
+            spliced.table, count, forbidden.allowed, score=lambda ids, item: torch.zeros(len(ids)),
+            admissible=spliced.admissible, items=len(part), keys=item_keys(part),
+        )  # fmt: skip
+        search = Search(problem, Ledger(len(part)), seed, "random tokens")
+
+        def draw(rows: list[int], open_: torch.Tensor) -> list[tuple[int, str]]:
+            item = open_[rows].nonzero().flatten()
+            if not len(item):
+                return []
+            ids = search.draw_usable(item)
+            usable = spliced.admissible(ids, item)
+            made = spliced.realise(ids[usable], item[usable])[0]
+            return [(rows[int(i)], text) for i, text in zip(item[usable], made, strict=True)]
+
+        return draw

@@ -47,13 +47,13 @@ from ...core import finetune, scores
 from ...core.detections import Detected, detected
 from ...core.layer_choice import LAYERS, trainable
 from ...core.location_tokens import Grid, Wording, Words, region_weights, upsampled
+from ...core.negative_text import NegativeText
 from ...edit import Edit
 from ...errors import InputError, MissingCapability, SettingError
 from ...method import Control, Eraser, Judge
 from ...method import setting as hyperparameter
 from ...models.base import noise_generator
 from ...models.diffusion import DiffusionModel
-from ...models.types import Condition, Context
 
 __all__ = ["GeomErasing"]
 
@@ -332,11 +332,12 @@ def _negative(
     return words.everywhere(text, names, located=method._spoken == "all")
 
 
-class _Away(Control):
+class _Away(NegativeText):
     """Puts the negative text in place of the empty text, behind the user's own negative where there is one."""
 
     def __init__(self, model: DiffusionModel, method: GeomErasing, names: Sequence[str]) -> None:
-        self.model, self.method, self.names = model, method, list(names)
+        super().__init__(model, "")
+        self.method, self.names = method, list(names)
         self._texts: dict[str, str | None] = {}
 
     def text(self, negative: str = "") -> str | None:
@@ -346,19 +347,3 @@ class _Away(Control):
             made = _negative(words, self.method, self.names, negative)
             self._texts[negative] = None if made is None else made.text
         return self._texts[negative]
-
-    def condition(self, context: Context, condition: Condition) -> Condition:
-        """Rows of the unconditional branch ask for the negative."""
-        if context.conditional is None or bool(context.conditional.all()):
-            return condition
-        text = self.text(context.negative)
-        if text is None:
-            return condition
-        own = self.model.unconditional(text)
-        rows = (~context.conditional).to(condition.embeddings.device)
-        new = own.embeddings.to(condition.embeddings)
-        mask = condition.mask
-        if mask is not None and own.mask is not None:
-            mask = torch.where(rows[:, None], own.mask.to(mask), mask)
-        made = torch.where(rows[:, None, None], new, condition.embeddings)
-        return dataclasses.replace(condition, embeddings=made, mask=mask)
