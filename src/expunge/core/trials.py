@@ -263,9 +263,10 @@ def assembled(
     items: Sequence[Attempt],
     pictures: Any,
     cost: Mapping[str, int],
+    summary: Mapping[str, Any] | None = None,
 ) -> Attempts:
     """The record of an attack, with everything that makes it comparable."""
     return Attempts(
         attack.id, attack.version, attack.settings(), attack.teaches, budget.name, judge.id, judge.threshold,
-        seed, tuple(items), pictures, dict(cost),
+        seed, tuple(items), pictures, dict(cost), dict(summary or {}),
     )  # fmt: skip

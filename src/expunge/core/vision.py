@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..errors import ModelError
+
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
     "Embed",
     "model_name",
+    "picture_encoder",
     "pixel_statistics",
     "pixels",
     "vision_encoder",
@@ -123,3 +126,31 @@ def pixel_statistics(where: str) -> Any:
     except (OSError, ValueError, HfHubHTTPError):
         return None
     return SimpleNamespace(image_mean=plain.get("image_mean"), image_std=plain.get("image_std"))
+
+
+def picture_encoder(model: Any, name: str) -> Embed:
+    """The CLIP by which pictures of a model are compared: its world's own, else the one that is named.
+
+    Args:
+        model: Its companions are asked.
+        name: Folder or hub id of a CLIP.
+
+    Raises:
+        ModelError: It is needed and cannot be opened.
+    """
+    companions = model.companions
+    if companions is not None and companions.clip is not None:
+        own = companions.clip()
+        return vision_encoder(own.model, own.mean, own.std)
+    from transformers import CLIPModel
+
+    try:
+        tower = CLIPModel.from_pretrained(name).eval().to(model.device)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the CLIP {name!r}, by which pictures are compared, cannot be opened ({str(error).splitlines()[0]}); "
+            "allowed is a folder or a hub id of a CLIPModel"
+        ) from None
+    read = pixel_statistics(name)
+    mean, std = (getattr(read, key, None) for key in ("image_mean", "image_std"))
+    return vision_encoder(tower, tuple(mean or CLIP_MEAN), tuple(std or CLIP_STD))

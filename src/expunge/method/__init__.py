@@ -223,6 +223,7 @@ class Attempts:
         items: One attempt a prompt, in order.
         outputs: What was shown for each item: pictures or texts, in order.
         cost: Rows by component, as counted in the adapter.
+        summary: Further numbers of the attack's own protocol, over all items.
     """
 
     attack: str
@@ -236,6 +237,7 @@ class Attempts:
     items: tuple[Attempt, ...]
     outputs: Outputs
     cost: Mapping[str, int]
+    summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def pre_rate(self) -> float:

@@ -94,7 +94,8 @@ PAIRS = {
 
 
 def _diffusion() -> Model:
-    from .diffusion import tiny_diffusion, tiny_image_prompts
+    from ..measure.clip_score import ClipScore
+    from .diffusion import tiny_clip, tiny_diffusion, tiny_image_prompts
 
     model = tiny_diffusion()
     # Rows of a fresh layer norm have mean zero, and moments of captions would be singular.
@@ -105,6 +106,7 @@ def _diffusion() -> Model:
         "battery",
         captions=_captions,
         contaminated=_stamped,
+        clip=lambda: ClipScore(*tiny_clip(), "tiny-clip"),
         image_prompts=lambda: tiny_image_prompts(model),
     )
     return model

@@ -14,7 +14,7 @@ import torch
 
 from ..models.diffusion import DiffusionModel
 
-__all__ = ["tiny_diffusion", "tiny_image_prompts", "tiny_tokenizer"]
+__all__ = ["tiny_clip", "tiny_diffusion", "tiny_image_prompts", "tiny_tokenizer"]
 
 LENGTH, WIDTH = 16, 32
 WORDS = (
@@ -115,6 +115,20 @@ def tiny_diffusion(
         with _quiet():
             pipeline.to(dtype)
     return DiffusionModel(pipeline, "tiny", steps=4, guidance=3.0)
+
+
+def tiny_clip(seed: int = 0) -> Any:
+    """A random CLIPModel that looks at pictures of 16 x 16, and its tokenizer."""
+    from transformers import CLIPConfig, CLIPModel
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = tiny_tokenizer()
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH, **small}
+    vision = {"image_size": 16, "patch_size": 8, **small}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    return made.eval(), tokenizer
 
 
 def tiny_image_prompts(model: DiffusionModel, seed: int = 3) -> Any:

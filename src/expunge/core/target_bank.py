@@ -1,0 +1,101 @@
+"""What an unrestricted model predicts for its own pictures, drawn once and asked of another model many times.
+
+    (t, noise) -> x_t = alpha_t x_0 + sigma_t noise,   eps = eps_original(x_t, c(P))      [or e_u + g (e_P - e_u)]
+
+Nothing here depends on what is searched, so a few hundred draws serve a search of thousands of steps: that halves its
+passes.  A draw has one timestep for all items and noise of each item's own, from private generators that go by its
+number: neither batches nor order change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.base import noise_generator
+from ..models.types import Condition
+
+__all__ = ["TargetBank"]
+
+
+class TargetBank:
+    """Points and predictions for ``n`` items.
+
+    Args:
+        original: The unrestricted model; what is on it is lifted while it is asked.
+        texts: The prompt of each item.
+        latents: ``x_0`` of each item's picture, ``(n, c, h, w)``.
+        seed, keys: Name the randomness; one key an item.
+        steps: Steps of a search.
+        size: Draws that are kept and used again; 0 draws anew at each step.
+        guidance: Of each item ``(n,)``: targets are guided predictions; ``None``: those for the prompt alone.
+        asked: Ask the original; where not, targets are the noise itself and cost nothing.
+        chunk: Draws made at a time.
+
+    Attributes:
+        rows: Denoiser rows of one draw, an item.
+        drawn: Draws made so far.
+    """
+
+    def __init__(
+        self, original: Any, texts: Sequence[str], latents: Tensor, *, seed: int, keys: Sequence[str], steps: int,
+        size: int, guidance: Tensor | None = None, asked: bool = True, chunk: int = 32,
+    ) -> None:  # fmt: skip
+        self.original, self.latents, self.seed, self.keys = original, latents, seed, list(keys)
+        self.size, self.guidance, self.chunk = min(size, steps), guidance, chunk
+        self.count = self.size or steps
+        self.asked, self.drawn = asked, 0
+        self.rows = (1 if guidance is None else 2) * asked
+        self.last = int(original.pipeline.scheduler.config.num_train_timesteps)
+        self._order = noise_generator(seed, "target bank order")
+        self._held: dict[int, tuple[int, Tensor, Tensor, Tensor]] = {}
+        with original.lifted(), torch.no_grad():
+            self.condition = original.encode(list(texts)).detach()
+
+    def draw(self, step: int) -> tuple[int, Tensor, Tensor, Tensor]:
+        """``(t, x_t, noise, target)`` of all items for a search's step; asked in rising order, once a step."""
+        number = step
+        if self.size:
+            number = int(torch.randint(self.size, (), generator=self._order))
+        if number not in self._held:
+            first = number - number % self.chunk
+            if not self.size:
+                self._held.clear()
+            self._fill(range(first, min(first + self.chunk, self.count)))
+        return self._held[number]
+
+    def _fill(self, numbers: Sequence[int]) -> None:
+        """Ask the original about some draws, in as few passes as the chunk allows."""
+        times = [
+            int(torch.randint(self.last, (), generator=noise_generator(self.seed, "bank time", n)))
+            for n in numbers
+        ]
+        with self.original.lifted(), torch.no_grad():
+            for number, time in zip(numbers, times, strict=True):
+                rows = [
+                    torch.randn(
+                        self.latents.shape[1:],
+                        generator=noise_generator(self.seed, f"bank noise {number}", key),
+                    )
+                    for key in self.keys
+                ]
+                noise = torch.stack(rows).to(self.latents)
+                self._held[number] = (time, *self._asked(time, noise))
+        self.drawn += len(numbers)
+
+    def _asked(self, time: int, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        model, count = self.original, len(noise)
+        times = torch.full((count,), time, device=noise.device)
+        noised = model.noised(self.latents, noise, times)
+        if not self.asked:
+            return noised, noise, noise
+        if self.guidance is None:
+            return noised, noise, model.predict(noised, times, self.condition).epsilon(noised)
+        both = Condition.concatenate([model.unconditional().repeat(count), self.condition])
+        made = model.predict(torch.cat([noised, noised]), torch.cat([times, times]), both)
+        weight = self.guidance.to(noised).reshape(-1, 1, 1, 1)
+        guided = made.select(slice(count, None)).guided(made.select(slice(count)), weight)
+        return noised, noise, guided.epsilon(noised)
