@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SHARED", "OutputCache", "as_prompts", "expand", "output_key", "outputs", "pictures", "prompts_digest",
-    "validation_prompts",
+    "remembered", "validation_prompts",
 ]  # fmt: skip
 
 SEED_STEP = 1_000_003
@@ -123,6 +123,19 @@ def _size(output: Any) -> int:
 
 SHARED = OutputCache()
 """The process's own cache, used by audits that are not given one."""
+
+
+def remembered(keys: Sequence[str], make: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
+    """Results of a search that reads nothing of the model under attack, kept for the process.
+
+    Args:
+        keys: Name everything that can change each result.
+        make: The results of those that are not known yet, by their positions.
+    """
+    new = [k for k, key in enumerate(keys) if key not in SHARED.results]
+    if new:
+        SHARED.results |= dict(zip((keys[k] for k in new), make(new), strict=True))
+    return [SHARED.results[key] for key in keys]
 
 
 def as_prompts(

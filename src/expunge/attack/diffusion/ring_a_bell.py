@@ -34,7 +34,7 @@ from ...concept import Concept
 from ...core.adversarial_prompts import Forbidden
 from ...core.concept_direction import concept_pairs, concept_vector, matching_problem, read_pairs
 from ...core.prompt_search import Genetic, Ledger, Result
-from ...core.sampling import SHARED
+from ...core.sampling import remembered
 from ...core.trials import Meter, Trials, assembled, in_batches, item_keys
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 
@@ -187,15 +187,15 @@ class RingABell(Attack):
                 repr((*shared, length, limit, name, key, digest))
                 for key, digest in zip(keys, digests, strict=True)
             ]
-            new = [k for k, key in enumerate(where) if key not in SHARED.results]
-            if new:
+
+            def search(new: list[int]) -> list[Result]:
                 problem = matching_problem(
                     original, target[new], length, forbidden,
                     realised=self.realised, keys=[keys[k] for k in new],
                 )  # fmt: skip
-                made = self._rule().run(problem, Ledger(len(new), limit), seed=name)
-                SHARED.results |= dict(zip((where[k] for k in new), made, strict=True))
-        return [SHARED.results[key] for key in where]
+                return self._rule().run(problem, Ledger(len(new), limit), seed=name)
+
+            return remembered(where, search)
 
     def _rule(self) -> Genetic:
         return Genetic(

@@ -36,6 +36,7 @@ class Gcg(Rule):
             implementation does (its first row is that of the start token, here that of the last place).
         normalise: Divide each row of the gradient by its norm; never changes the order in a row.
         realisable: Drop candidates whose text tokenises otherwise (a start that does is drawn again).
+        distinct: Drop candidates that are the current string, so that a step always moves.
     """
 
     name = "gcg"
@@ -47,6 +48,7 @@ class Gcg(Rule):
     aligned: bool = True
     normalise: bool = False
     realisable: bool = True
+    distinct: bool = False
 
     def price(self, problem: Problem) -> int:
         """A gradient and one candidate at least: the last step is cut to what is left."""
@@ -75,6 +77,8 @@ class Gcg(Rule):
             own = item.repeat_interleave(len(strings) // len(item))
             losses = torch.full((len(strings),), float("inf"))
             scored = problem.realisable(strings, own) if self.realisable else losses > 0
+            if self.distinct:
+                scored &= (strings != search.current[own]).any(1)
             losses[scored] = search.evaluate(strings[scored], own[scored])
             low, place = losses.reshape(len(item), -1).min(1)
             accepted = torch.isfinite(low)
