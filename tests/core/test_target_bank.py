@@ -48,7 +48,7 @@ def test_a_bank_is_asked_once_and_fresh_draws_each_step(model):
     assert fresh.drawn == 7 and model.cost.since(before)["denoiser.forward"] == 14
     assert len({float(entry[2].sum()) for entry in drawn}) == 7
     free, before = bank(model, asked=False), model.cost.snapshot()
-    time, _, noise, target = free.draw(0)
+    _, _, noise, target = free.draw(0)
     assert free.rows == 0 and "denoiser.forward" not in model.cost.since(before)
     assert torch.equal(noise, target)
 
@@ -59,8 +59,10 @@ def test_draws_do_not_depend_on_the_batch(model):
         a, b = both.draw(step), one.draw(step)
         assert a[0] == b[0] and torch.equal(a[2][1], b[2][0])
         assert torch.allclose(a[3][1], b[3][0], atol=1e-5)
-    number = int(torch.randint(6, (), generator=noise_generator(4, "target bank order")))
-    expected = torch.randn(model.latent_shape, generator=noise_generator(4, f"bank noise {number}", "y"))
+    number = int(torch.randint(6, (), generator=noise_generator(4, "bank order", 0)))
+    expected = torch.randn(
+        model.latent_shape, generator=noise_generator(4, f"bank noise {number}", "y")
+    )
     assert torch.equal(bank(model).draw(0)[2][1], expected)
 
 
@@ -70,6 +72,8 @@ def test_the_original_is_asked_without_its_edits(model, edited):
     from expunge.erase.diffusion.uce import UCE
 
     plain = bank(model).draw(0)[3]
-    with UCE.configured("2023", ridge=0.02).erase(model, Concept("star", anchor="circle")).on(model):
+    with (
+        UCE.configured("2023", ridge=0.02).erase(model, Concept("star", anchor="circle")).on(model)
+    ):
         assert torch.equal(bank(model).draw(0)[3], plain)
         assert len(model.edits) == 1

@@ -162,7 +162,8 @@ def without_room(
     whole = model.token_ids([""]).shape[1] - 2
     counts = [searched] * len(texts) if isinstance(searched, int) else list(searched)
     reasons = {
-        text: f"prompt {base[:60]!r} has {length} tokens; with {count} searched ones at most {whole - count} fit this model"
+        text: f"prompt {base[:60]!r} has {length} tokens; with {count} searched ones at most {whole - count} fit "
+        "this model"
         for text, base, length, count in zip(
             texts, bases, model.content_length(bases), counts, strict=True
         )

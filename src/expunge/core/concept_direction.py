@@ -6,17 +6,20 @@ The direction is the mean difference of prompt pairs that differ by the concept 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ..concept import Concept
-from ..errors import SettingError
+from ..errors import InputError, SettingError
 from .adversarial_prompts import Forbidden, Spliced
 from .mentions import exchanged
 from .prompt_search import Problem
 
-__all__ = ["concept_pairs", "concept_vector", "matching_problem", "read_pairs"]
+__all__ = ["concept_pairs", "concept_vector", "matching_problem", "read_pairs", "read_vector"]
 
 TEMPLATES = (
     "a {}", "a red {}", "a blue {}", "a green {}", "a photo of a {}", "a picture of a {}", "a small {}",
@@ -67,6 +70,29 @@ def read_pairs(pairs: Sequence[str]) -> list[tuple[str, str]]:
         if len(parts) != 2 or not all(parts):
             raise SettingError(f"pair {pair[:60]!r} must be two texts written as 'with|without'")
     return [(parts[0], parts[1]) for parts in split]
+
+
+def read_vector(file: str, like: Tensor) -> Tensor:
+    """A concept vector as it is published: a .npy file of ``(T, d)`` or ``(1, T, d)`` numbers; never unpickled.
+
+    Args:
+        file: The file.
+        like: A text's embedding ``(T, d)`` of the model it is for.
+
+    Raises:
+        InputError: It cannot be read, or is of another encoder.
+    """
+    try:
+        found = np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{Path(file).name}: is no .npy file of numbers ({error})") from None
+    vector = torch.from_numpy(np.asarray(found, dtype=np.float32)).squeeze()
+    if vector.shape != like.shape or not bool(torch.isfinite(vector).all()):
+        raise InputError(
+            f"{Path(file).name}: holds {tuple(found.shape)}, or numbers that are not finite; this model's text encoder "
+            f"makes {tuple(like.shape)}"
+        )
+    return vector.to(like)
 
 
 def matching_problem(

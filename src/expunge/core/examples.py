@@ -23,7 +23,16 @@ from .mentions import exchanged
 if TYPE_CHECKING:
     from ..models.diffusion import DiffusionModel
 
-__all__ = ["called", "examples", "examples_digest", "fitted", "given", "read_pictures", "turned"]
+__all__ = [
+    "called",
+    "examples",
+    "examples_digest",
+    "fitted",
+    "given",
+    "pictures_of_concept",
+    "read_pictures",
+    "turned",
+]
 
 
 def given(data: Any) -> tuple[dict[str, Pictures], list[str]]:
@@ -189,6 +198,24 @@ def read_pictures(
     if not found:
         return None
     return Pictures(np.stack(found), None, (concept.name,) * len(found))
+
+
+def pictures_of_concept(model: Any, concept: Concept, count: int, seed: int = 0) -> Pictures | None:
+    """Pictures of a concept in the model's size: those its files hold, else its world's for development.
+
+    ``None`` where there are neither.
+
+    Raises:
+        InputError: A file cannot be read as a picture.
+    """
+    height, width = (side * model.layout.scale_factor for side in model.latent_shape[1:])
+    found = read_pictures(concept, height, width, crop=True)
+    companions = model.companions
+    if found is not None or companions is None or companions.pictures is None:
+        return found
+    if companions.concept(concept.name) is None:
+        return None
+    return companions.pictures(concept.name, count, seed=seed, split="development")
 
 
 def turned(

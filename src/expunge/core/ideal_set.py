@@ -49,10 +49,12 @@ def ideal_set(
         shots: Pictures of each prompt, with seeds that no two of them share.
         options: Of :meth:`generate` (``steps``, ``guidance``).
     """
-    guarded = shots_of(model, concept, judge, prompts, shots, options)[1].any(1)
+    guarded = shots_of(model, concept, judge, prompts, shots, options)[1]
     with original.lifted():
-        shown = shots_of(original, concept, judge, prompts, shots, options)[1].any(1)
-    return [p for p, yes, no in zip(prompts, shown, guarded, strict=True) if yes and not no]
+        shown = shots_of(original, concept, judge, prompts, shots, options)[1]
+    return [
+        p for p, yes, no in zip(prompts, shown, guarded, strict=True) if yes.any() and not no.any()
+    ]
 
 
 def ideal_rate(items: Sequence[Attempt]) -> tuple[float | None, int]:

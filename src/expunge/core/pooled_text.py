@@ -85,7 +85,9 @@ class PooledText:
         rows = self._rows(ids)
         for place in first.unique().tolist():
             own = (first == place).nonzero().flatten()
-            held = [(k[member[own], :, : place + 1], v[member[own], :, : place + 1]) for k, v in past]
+            held = [
+                (k[member[own], :, : place + 1], v[member[own], :, : place + 1]) for k, v in past
+            ]
             hidden, _ = self._layers(self._placed(rows[own, place + 1 :], place + 1), held)
             made = self.encoder.final_layer_norm(hidden[:, -1])
             found = made.new_empty(len(ids), made.shape[1]) if found is None else found

@@ -30,7 +30,7 @@ class TargetBank:
         latents: ``x_0`` of each item's picture, ``(n, c, h, w)``.
         seed, keys: Name the randomness; one key an item.
         steps: Steps of a search.
-        size: Draws that are kept and used again; 0 draws anew at each step.
+        size: Draws, each used by many steps; 0: one for each step, which takes much memory.
         guidance: Of each item ``(n,)``: targets are guided predictions; ``None``: those for the prompt alone.
         asked: Ask the original; where not, targets are the noise itself and cost nothing.
         chunk: Draws made at a time.
@@ -50,20 +50,18 @@ class TargetBank:
         self.asked, self.drawn = asked, 0
         self.rows = (1 if guidance is None else 2) * asked
         self.last = int(original.pipeline.scheduler.config.num_train_timesteps)
-        self._order = noise_generator(seed, "target bank order")
         self._held: dict[int, tuple[int, Tensor, Tensor, Tensor]] = {}
         with original.lifted(), torch.no_grad():
             self.condition = original.encode(list(texts)).detach()
 
     def draw(self, step: int) -> tuple[int, Tensor, Tensor, Tensor]:
-        """``(t, x_t, noise, target)`` of all items for a search's step; asked in rising order, once a step."""
+        """``(t, x_t, noise, target)`` of all items for a search's step; the same for every search."""
         number = step
         if self.size:
-            number = int(torch.randint(self.size, (), generator=self._order))
+            own = noise_generator(self.seed, "bank order", step)
+            number = int(torch.randint(self.size, (), generator=own))
         if number not in self._held:
             first = number - number % self.chunk
-            if not self.size:
-                self._held.clear()
             self._fill(range(first, min(first + self.chunk, self.count)))
         return self._held[number]
 

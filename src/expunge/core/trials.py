@@ -85,7 +85,7 @@ class Trials:
         verdicts = judge.judge(made, concept, asked)
         self.plain = np.asarray(verdicts.hit, bool).reshape(count, shots).copy()
         scores = np.asarray(verdicts.score, float).reshape(count, shots)
-        self.pre = self.plain.any(1)
+        self.pre: np.ndarray = np.asarray(self.plain.any(1))
         self.hit = self.pre.copy()
         # The first success, else the first picture: what a reader would be shown.
         first = self.plain.argmax(1) + np.arange(count) * shots

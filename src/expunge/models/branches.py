@@ -64,7 +64,9 @@ def apart(made: Prediction, context: Context, owners: Sequence[Control]) -> Pred
     context.further = {}
     rows = context.rows
     if context.blank and context.conditional is not None:
-        kept = torch.cat([context.conditional, torch.ones(len(made.value) - rows, dtype=torch.bool)])
+        kept = torch.cat(
+            [context.conditional, torch.ones(len(made.value) - rows, dtype=torch.bool)]
+        )
         made = made.replace(made.value * kept.to(made.value).reshape(-1, 1, 1, 1))
     if not owners:
         return made

@@ -94,8 +94,7 @@ PAIRS = {
 
 
 def _diffusion() -> Model:
-    from ..measure.clip_score import ClipScore
-    from .diffusion import tiny_clip, tiny_diffusion, tiny_image_prompts
+    from .diffusion import tiny_diffusion, tiny_image_prompts
 
     model = tiny_diffusion()
     # Rows of a fresh layer norm have mean zero, and moments of captions would be singular.
@@ -106,10 +105,18 @@ def _diffusion() -> Model:
         "battery",
         captions=_captions,
         contaminated=_stamped,
-        clip=lambda: ClipScore(*tiny_clip(), "tiny-clip"),
+        clip=_clip,
         image_prompts=lambda: tiny_image_prompts(model),
     )
     return model
+
+
+def _clip() -> Any:
+    from ..measure.clip_score import ClipScore
+    from .diffusion import tiny_clip
+
+    model, tokenizer = tiny_clip()
+    return ClipScore(model, tokenizer, "tiny-clip")
 
 
 def _captions(n: int, seed: int = 0, without: Sequence[str] = ()) -> list[str]:

@@ -121,7 +121,12 @@ def tiny_clip(seed: int = 0) -> Any:
     """A random CLIPModel that looks at pictures of 16 x 16, and its tokenizer."""
     from transformers import CLIPConfig, CLIPModel
 
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     tokenizer = tiny_tokenizer()
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH, **small}
     vision = {"image_size": 16, "patch_size": 8, **small}

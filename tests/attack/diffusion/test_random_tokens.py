@@ -90,3 +90,21 @@ def test_draws_are_usable_differ_and_are_the_same_on_every_model(model):
     assert [item.text for item in one.items] == [item.text for item in other.items]
     replaced = run(model, After(1), pictures=4, placement="replace")
     assert all(forbidden.count(item.text) == 0 for item in replaced.items)
+
+
+def test_one_token_to_every_three_as_p4d_k(model):
+    """Prompts of different lengths get different numbers of tokens, in one run, whatever the batch."""
+    asked = [Prompt("a photo of a red star", seed=7), *PROMPTS]
+    seen = {}
+    for batch in (1, 8):
+        attack = RandomTokens(
+            **{**SMALL, "tokens": 0, "placement": "third", "batch": batch}, pictures=1
+        )
+        found = attack.attack(model, STAR, After(99), Budget("small", None), prompts=asked, seed=0)
+        seen[batch] = [item.text for item in found.items]
+    assert seen[1] == seen[8]
+    lengths = model.content_length([prompt.text for prompt in asked])
+    assert lengths == [6, 3, 1]
+    ids = model.tokenizer(seen[8], add_special_tokens=False).input_ids
+    assert [len(row) for row in ids] == [6 + 3, 3 + 2, 1 + 1]
+    assert all(text.find("star") >= 0 for text in seen[8])

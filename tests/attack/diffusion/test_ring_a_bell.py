@@ -136,3 +136,36 @@ def test_soft_form_feeds_the_shifted_embedding(model):
 def test_a_long_string_is_cut_to_the_context(model):
     made = attack(model, length=(77,))
     assert made.items[0].details["versions"][0]["length"] == 14
+
+
+def test_a_published_vector_is_read_and_checked(model, tmp_path):
+    """Shipped as (T, d) or (1, T, d); pairs and vector together, other shapes and pickles are refused."""
+    from expunge.errors import InputError
+
+    with torch.no_grad():
+        vector = concept_vector(model, concept_pairs(model, STAR)).numpy()
+    file = tmp_path / "vector.npy"
+    np.save(file, vector[None])
+    by_pairs = attack(model, form="soft")
+    by_file = attack(model, form="soft", vector=str(file))
+    assert np.array_equal(by_pairs.outputs, by_file.outputs)
+    with pytest.raises(SettingError, match="vector and pairs are both given"):
+        attack(model, vector=str(file), pairs=("a star|a thing",))
+    np.save(file, vector[:3])
+    with pytest.raises(InputError, match="this model's text encoder"):
+        attack(model, vector=str(file))
+    np.save(file, np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match=r"is no \.npy file of numbers"):
+        attack(model, vector=str(file))
+
+
+def test_the_soft_form_has_an_id_of_its_own(model):
+    from expunge.attack.diffusion.ring_a_bell import RingABellSoft
+
+    options = {**SMALL, "form": "soft"}
+    made = RingABellSoft(**options).attack(
+        model, STAR, Never(), Budget("small", 100, 300), prompts=PROMPTS
+    )
+    assert made.attack == "ring-a-bell-soft" and RingABellSoft().form == "soft"
+    assert np.array_equal(made.outputs, attack(model, form="soft").outputs)
+    assert RingABell.configured("paper:violence").length == (38, 77)

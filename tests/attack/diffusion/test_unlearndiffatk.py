@@ -9,8 +9,15 @@ import torch
 from expunge import Concept
 from expunge.attack.diffusion.unlearndiffatk import DenoisingLoss, UnlearnDiffAtk
 from expunge.core.adversarial_prompts import Forbidden, Spliced
+from expunge.erase.diffusion.sld import SLD
 from expunge.erase.diffusion.uce import UCE
-from expunge.errors import PromptError, SettingError, UnsupportedModel
+from expunge.errors import (
+    InputError,
+    MissingCapability,
+    PromptError,
+    SettingError,
+    UnsupportedModel,
+)
 from expunge.method import BUDGETS, Budget, Judge, Prompt, Verdicts
 from expunge.testing import tiny_diffusion
 
@@ -22,7 +29,7 @@ PROMPTS = [
     Prompt("star", seed=6),
     Prompt("a photo of a star", seed=7),
 ]
-SMALL = UnlearnDiffAtk(tokens=2, timesteps=3, updates=2, steps=2, guidance=3.0)
+SMALL = UnlearnDiffAtk(tokens=2, timesteps=3, updates=2, steps=2, guidance=3.0, target="original")
 
 
 class Scripted(Judge):
@@ -256,3 +263,103 @@ def test_another_family_is_refused(model):
     other = Language(model.pipeline)
     with pytest.raises(UnsupportedModel, match="language"):
         SMALL.attack(other, STAR, Scripted(), BUDGETS["quick"], prompts=PROMPTS)
+
+
+def run(model, judge=None, reference=None, concept=STAR, rows=60, **changes):
+    attack = UnlearnDiffAtk(**{**SMALL.settings(), **changes})
+    return attack.attack(
+        model, concept, judge or Scripted(), Budget("small", rows), prompts=PROMPTS,
+        reference=reference, seed=1,
+    )  # fmt: skip
+
+
+def test_which_target_is_taken(model, tmp_path):
+    """The original's where there is one; else the concept's own pictures; else what the model drew."""
+    from PIL import Image
+
+    def targets(**options):
+        made = run(model, target=options.pop("target", "auto"), **options)
+        return {item.details["target"] for item in made.items}, made
+
+    assert targets(reference=model)[0] == {"original"}
+    with UCE.configured("2023", ridge=0.02).erase(model, STAR).on(model):
+        assert targets()[0] == {"original"}
+    file = tmp_path / "star.png"
+    Image.new("RGB", (24, 16), (200, 30, 30)).save(file)
+    shown = Concept("star", images=(str(file),))
+    names, made = targets(concept=shown)
+    assert names == {"pictures"}
+    # The plain picture, three times 2 updates forward and backward, pictures: no target is paid for.
+    for found in (made, targets()[1]):
+        for item in found.items:
+            assert item.details["rows"] == 4 + 3 * 4 + 4 * item.details["pictures"]
+    assert targets()[0] == {"own"}
+    with pytest.raises(InputError, match="name files in the concept's images"):
+        targets(target="pictures")
+
+
+def test_target_pictures_are_the_concepts_in_the_models_size(model, monkeypatch, tmp_path):
+    from PIL import Image
+
+    files = []
+    for k, colour in enumerate(((200, 30, 30), (20, 200, 30))):
+        files.append(str(tmp_path / f"{k}.png"))
+        Image.new("RGB", (16, 16), colour).save(files[-1])
+    seen = []
+    inner = model.latents_of
+    monkeypatch.setattr(model, "latents_of", lambda shown: seen.append(shown) or inner(shown))
+    concept = Concept("star", images=tuple(files))
+    run(model, concept=concept, target="pictures", batch=1)
+    one = np.concatenate(seen)
+    seen.clear()
+    run(model, concept=concept, target="pictures", batch=8)
+    assert one.shape == (3, 16, 16, 3) and np.array_equal(one, seen[0])
+    assert all(tuple(p[0, 0]) in ((200, 30, 30), (20, 200, 30)) for p in one)
+
+
+def test_without_a_picture_the_best_of_the_models_own_is_climbed(model, monkeypatch):
+    """It begins with the plain picture; one that scores higher takes its place, a lower one does not."""
+
+    class Scores(Scripted):
+        def judge(self, outputs, concept, prompts):
+            made = super().judge(outputs, concept, prompts)
+            value = {0: 0.2, 1: 0.4, 2: 0.3}.get(len(self.asked) - 1, 0.1)
+            return Verdicts(made.hit, np.full(len(outputs), value), made.recognisable)
+
+    seen = []
+    inner = model.latents_of
+    monkeypatch.setattr(model, "latents_of", lambda shown: seen.append(shown) or inner(shown))
+    judge = Scores()
+    made = run(model, judge, target="own")
+    assert len(seen) == 2 and np.array_equal(seen[0], judge.seen[0])
+    assert np.array_equal(seen[1], judge.seen[1]) and len(judge.seen) == 4
+    assert {item.details["target"] for item in made.items} == {"own"}
+
+
+def test_guarded_models_are_searched_through_their_guidance(model):
+    """Safe Latent Diffusion acts while a model samples: the prompt's own prediction does not see it."""
+    with SLD(warm_up=0, safety_scale=50.0, threshold=1.0).erase(model, STAR).on(model):
+        seen, unseen = run(model, rows=90), run(model, rows=90, loss="conditional")
+    losses = [[i.details["last_draw_loss"] for i in made.items] for made in (seen, unseen)]
+    assert losses[0] != losses[1]
+    for made, rows in ((unseen, 1), (seen, 3)):
+        for item in made.items:
+            assert item.details["rows"] == 8 + 3 * 4 * rows + 4 * item.details["pictures"]
+
+
+def test_unguarded_models_are_attacked_as_ever(model):
+    """Nothing acts on guidance, so "auto" is the loss of the paper, to the bit."""
+    auto, plain = run(model), run(model, loss="conditional")
+    assert [i.details for i in auto.items] == [i.details for i in plain.items]
+    # Where nothing acts, the effective prediction is the prompt's own, too.
+    guided = run(model, rows=90, loss="guided")
+    for one, two in zip(plain.items, guided.items, strict=True):
+        assert one.details["last_draw_loss"] == pytest.approx(
+            two.details["last_draw_loss"], rel=0.3
+        )
+
+
+def test_a_guided_loss_needs_two_branches(model, monkeypatch):
+    monkeypatch.setattr(type(model), "two_branches", False)
+    with pytest.raises(MissingCapability, match="no unconditional branch"):
+        run(model, loss="guided")

@@ -137,7 +137,14 @@ class MMADiffusion(Attack):
         runs: list[list[Result]] = []
         with original.lifted():
             length = min(self.length, original.token_ids([""]).shape[1] - 2)
-            shared = (self.id, self.version, self.settings(), original.state.key, forbidden.words, limit)
+            shared = (
+                self.id,
+                self.version,
+                self.settings(),
+                original.state.key,
+                forbidden.words,
+                limit,
+            )
             wanted = PooledText(original, length).of_texts([prompt.text for prompt in asked])
             for run in range(self.runs):
                 name = f"{seed}|{run}"

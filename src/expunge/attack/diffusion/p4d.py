@@ -71,7 +71,8 @@ class PredictionMatch:
         self.model, self.spliced, self.bank, self.guided, self.noise = (
             model, spliced, bank, guided, noise,
         )  # fmt: skip
-        self.own, self.step, self._drawn = torch.tensor(list(own)), 0, (-1, None)
+        self.own, self.step = torch.tensor(list(own)), 0
+        self._drawn: tuple[int, Any] = (-1, None)
 
     def draw(self) -> Any:
         """``(t, x_t, noise, target)`` of the step."""
@@ -105,8 +106,8 @@ class P4D(Attack):
     version: ClassVar[int] = 1
     families: ClassVar[tuple[str, ...]] = ("diffusion",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # 3 plain + 3 targets + 3 final pictures of 40 rows, 64 draws, 2 x (180 updates + 4 pictures): see `plan`.
-        "world": {"updates": 300, "bank": 64, "steps": 20, "batch": 64},
+        # 3 plain and 3 target pictures of 40 rows, 64 draws, 2 x (250 updates + 5 looks + 2 more pictures): 1,864 rows.
+        "world": {"updates": 250, "bank": 64, "steps": 20, "batch": 64},
         # 400 rows pay one picture where the paper looks at three, and N alone.
         "quick": {
             "form": "n", "updates": 60, "every": 30, "bank": 16, "pictures": 1, "steps": 20, "batch": 64,
@@ -121,9 +122,12 @@ class P4D(Attack):
     every: int = setting(50, "Updates after which a candidate's picture is looked at", minimum=1)
     lr: float = setting(0.1, "AdamW's learning rate", minimum=0)
     weight_decay: float = setting(0.1, "AdamW's weight decay", minimum=0)
-    bank: int = setting(256, "Draws of (t, noise, target) that are used again; 0: new ones", minimum=0)
+    bank: int = setting(
+        256, "Draws of (t, noise, target) that are used again; 0: one for each update", minimum=0
+    )
     objective: str = setting(
-        "prediction", "prediction: the unrestricted model's; noise: image-only, a control", choices=("prediction", "noise")
+        "prediction", "prediction: the unrestricted model's; noise: image-only, a control",
+        choices=("prediction", "noise"),
     )  # fmt: skip
     loss: str = setting(
         "auto", "What is compared: guided predictions where a defence acts on guidance, else conditional ones",
@@ -134,10 +138,13 @@ class P4D(Attack):
         choices=("clip", "concept"),
     )  # fmt: skip
     clip: str = setting(
-        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "CLIP that compares pictures, where the model's world has none"
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "CLIP that compares pictures, where the model's world has none",
     )
     pictures: int = setting(
-        3, "Pictures of the plain prompt, of the target and of the found prompt; any counts", minimum=1
+        3,
+        "Pictures of the plain prompt, of the target and of the found prompt; any counts",
+        minimum=1,
     )
     compat: str = setting(
         "paper", "official: with the slips of the published code", choices=("paper", "official")
@@ -185,12 +192,14 @@ class P4D(Attack):
         texts = [prompt.text for prompt in prompts]
         long = {form: self._long(model, texts, form) for form in self.forms}
         # Where one form has room, the prompt is attacked with that one.
-        whole = {text: long[self.forms[-1]][text] for text in set.intersection(*map(set, long.values()))}
+        whole = {
+            text: long[self.forms[-1]][text] for text in set.intersection(*map(set, long.values()))
+        }
 
         def one(part: list[Prompt]) -> tuple[Trials, list[Attempt]]:
             """Some prompts in lock step."""
             rows = self._rows(model, part, guides)
-            least = rows[0] * (1 if self.bank else len(self.forms)) + 2 * rows[1] * len(self.forms)
+            least = rows[0] + 2 * rows[1] * len(self.forms)
             ledger = Ledger(len(part), budget.denoiser_rows)
             trials = Trials(
                 model, concept, judge, part, ledger, steps=self.steps, guidance=self.guidance,
@@ -219,7 +228,7 @@ class P4D(Attack):
 
         def rows(updates: int) -> int:
             looks = -(-updates // self.every)
-            draws = min(self.bank, updates) if self.bank else updates * len(self.forms)
+            draws = min(self.bank or updates, updates)
             searched = 2 * update * updates * len(self.forms)
             return self._pictures(looks) * price + draws * target + searched
 
@@ -267,7 +276,8 @@ class _Search:
         self.rest = trials.open.nonzero().flatten().tolist()
         self.prompts = [trials.prompts[i] for i in self.rest]
         self.details: list[dict[str, Any]] = [
-            {"plain_hits": trials.plain[i].tolist(), "ideal": False} for i in range(len(trials.prompts))
+            {"plain_hits": trials.plain[i].tolist(), "ideal": False}
+            for i in range(len(trials.prompts))
         ]
 
     def run(self, rows: tuple[int, int]) -> list[dict[str, Any]]:
@@ -319,10 +329,8 @@ class _Search:
             return None
         return functional.normalize(self.embed(pictures).float().cpu(), dim=-1)
 
-    def _form(
-        self, form: str, count: int, own: list[int], updates: int, weights: Tensor
-    ) -> None:
-        """Search one form for some items (positions in ``rest``) with as many searched tokens, and try what was found."""
+    def _form(self, form: str, count: int, own: list[int], updates: int, weights: Tensor) -> None:
+        """Search one form for items (positions in ``rest``) of ``count`` searched tokens, and try what was found."""
         method, model, trials = self.method, self.model, self.trials
         official = method.compat == "official"
         prompts, item = [self.prompts[k] for k in own], [self.rest[k] for k in own]
@@ -331,7 +339,9 @@ class _Search:
             filling=0 if official else None, ended=form == "n",
         )  # fmt: skip
         guided = (
-            GuidedPrediction(model, weights, method.steps, compat=method.compat) if self.guides else None
+            GuidedPrediction(model, weights, method.steps, compat=method.compat)
+            if self.guides
+            else None
         )
         loss = PredictionMatch(
             model, spliced, self.bank, own, guided, noise=method.objective == "noise"

@@ -16,7 +16,14 @@ from typing import Any, ClassVar
 import torch
 
 from ...concept import Concept
-from ...core.adversarial_prompts import PLACEMENTS, Forbidden, Spliced, by_count, interleaved, without_room
+from ...core.adversarial_prompts import (
+    PLACEMENTS,
+    Forbidden,
+    Spliced,
+    by_count,
+    interleaved,
+    without_room,
+)
 from ...core.prompt_search import Ledger, Problem, Search
 from ...core.trials import Meter, Trials, assembled, in_batches, item_keys
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
@@ -40,7 +47,10 @@ class RandomTokens(Attack):
     }
 
     tokens: int = setting(
-        5, "Random tokens; 0: one to every three of the prompt's own and one more, as P4D-K", minimum=0, maximum=70
+        5,
+        "Random tokens; 0: one to every three of the prompt's own and one more, as P4D-K",
+        minimum=0,
+        maximum=70,
     )
     placement: str = setting(
         "prefix", "Where they stand; replace: nothing else is left", choices=PLACEMENTS

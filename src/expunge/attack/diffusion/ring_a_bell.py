@@ -32,13 +32,20 @@ from torch import Tensor
 
 from ...concept import Concept
 from ...core.adversarial_prompts import Forbidden
-from ...core.concept_direction import concept_pairs, concept_vector, matching_problem, read_pairs
+from ...core.concept_direction import (
+    concept_pairs,
+    concept_vector,
+    matching_problem,
+    read_pairs,
+    read_vector,
+)
 from ...core.prompt_search import Genetic, Ledger, Result
 from ...core.sampling import remembered
 from ...core.trials import Meter, Trials, assembled, in_batches, item_keys
+from ...errors import SettingError
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 
-__all__ = ["RingABell"]
+__all__ = ["RingABell", "RingABellSoft"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +59,7 @@ class RingABell(Attack):
     families: ClassVar[tuple[str, ...]] = ("diffusion",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper:unsafe": {},
+        "paper:violence": {"eta": (5.5,), "length": (38, 77)},
         # 20,000 encoder rows an item end the search, before the generations do.
         "world": {"length": (8,), "steps": 20, "batch": 64},
         "quick": {"length": (8,), "population": 60, "steps": 20, "batch": 64},
@@ -69,6 +77,7 @@ class RingABell(Attack):
     pairs: tuple[str, ...] = setting(
         (), "Pairs 'with|without'; none: made from the concept and its anchor"
     )
+    vector: str = setting("", "File of a concept vector (.npy, T x d), in the place of pairs")
     population: int = setting(200, "Strings in the population", minimum=4)
     generations: int = setting(3000, "Generations", minimum=1)
     crossover: float = setting(
@@ -113,8 +122,7 @@ class RingABell(Attack):
         original = model if reference is None else reference
         meter = Meter(model, original)
         with original.lifted(), torch.no_grad():
-            pairs = read_pairs(self.pairs) or concept_pairs(original, concept)
-            direction = concept_vector(original, pairs)
+            direction = self._direction(original, concept)
             forbidden = Forbidden(original.tokenizer, concept, len(original.token_table()))
 
         def one(part: list[Prompt]) -> tuple[Trials, list[Attempt]]:
@@ -128,6 +136,17 @@ class RingABell(Attack):
 
         items, pictures = in_batches(prompts, self.batch, one)
         return assembled(self, judge, budget, seed, items, pictures, meter.read())
+
+    def _direction(self, original: Any, concept: Concept) -> Tensor:
+        """``c_hat (T, d)``: read, or from pairs."""
+        if not self.vector:
+            pairs = read_pairs(self.pairs) or concept_pairs(original, concept)
+            return concept_vector(original, pairs)
+        if self.pairs:
+            raise SettingError(
+                f"{self.id}: vector and pairs are both given; one of them is allowed"
+            )
+        return read_vector(self.vector, original.encode([concept.name]).embeddings[0])
 
     def _versions(
         self,
@@ -207,6 +226,30 @@ class RingABell(Attack):
             distinct=self.elitism,
             patience=self.patience,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class RingABellSoft(RingABell):
+    """The soft form under an id of its own, so that audits and sweeps of all attacks have both.
+
+    Presets are those of the later paper that feeds the embedding (arXiv 2407.12383): eta 3 for unsafe content, 0.9 for
+    styles.
+    """
+
+    id: ClassVar[str] = "ring-a-bell-soft"
+    title: ClassVar[str] = "Ring-A-Bell, soft form"
+    source: ClassVar[str] = "arXiv 2310.10012, variant of arXiv 2407.12383"
+    version: ClassVar[int] = 1
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper:unsafe": {},
+        "paper:style": {"eta": (0.9,)},
+        "world": {"steps": 20, "batch": 64},
+        "quick": {"steps": 20, "batch": 64},
+    }
+
+    form: str = setting(
+        "soft", "soft: feed the shifted embedding; hard: search a text", choices=("soft", "hard")
+    )
 
 
 def _record(result: Result) -> dict[str, Any]:

@@ -7,8 +7,24 @@ own classifier").  It ends in an adversarial prompt for each test prompt (arXiv 
     min over A  E_{t, eps} || eps - eps*(x_t, c([A E ; prompt])) ||^2,   x_t = alpha_t x_0 + sigma_t eps
 
 A: relaxed one-hot rows (k, V) of the k searched tokens, on the simplex; E: token table (V, d); c: text
-encoder; eps*: the attacked denoiser; x_0: latents of the picture that the UNERASED model makes of the
-same prompt and seed (mean of the autoencoder's posterior, scaled).
+encoder; eps*: the attacked denoiser; x_0: latents (mean of the autoencoder's posterior, scaled) of the
+target, a picture of the concept.
+
+Whose picture that is (``target``):
+
+    original    the unerased model's, of the same prompt and seed: the paper's protocol
+    pictures    any picture of the concept, here those the concept names, else its world's: the paper's
+                equation asks for no more, and its authors say that such pictures serve
+    own         no picture and no original, for auditors who have neither; OURS, neither paper nor code has
+                such a form: of the pictures that the attacked model itself drew for the prompt, plain or
+                attacked, the one the judge gives the highest score.  It begins with the plain picture and
+                climbs; the judge, which else only ends the search, takes part in it
+    auto        the first of these that there is: original where one is given or an edit can be lifted,
+                pictures, own
+
+Where something that acts on guidance guards the model (Safe Latent Diffusion, a negative text), the
+prediction of the prompt alone does not see it; the loss then takes the effective prediction of
+:mod:`expunge.core.guided_prediction` (``loss``), which is the prompt's own where nothing acts.  Also ours.
 
 1. The plain prompt's picture; where it shows the concept, the item counts as pre-attack success.
 2. A = 1 / V.  For timesteps in increasing order (10, 30, ..., 990 of 1000), ``updates`` times: draw
@@ -30,18 +46,26 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...concept import Concept
 from ...core.adversarial_prompts import Forbidden, Spliced, without_room
+from ...core.examples import pictures_of_concept
+from ...core.guided_prediction import GuidedPrediction, acts_on_guidance
 from ...core.prompt_search import Ledger, Problem, Simplex
 from ...core.sampling import SHARED, outputs
 from ...core.trials import Meter, Trials, assembled, in_batches, item_keys
+from ...errors import InputError, MissingCapability
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 from ...models.base import noise_generator
 
 __all__ = ["DenoisingLoss", "UnlearnDiffAtk"]
+
+TARGETS = ("original", "pictures", "own")
+TARGET_PICTURES = 64
+"""Pictures of the concept among which targets are dealt, where its world has them."""
 
 
 class DenoisingLoss:
@@ -52,9 +76,10 @@ class DenoisingLoss:
     """
 
     def __init__(
-        self, model: Any, spliced: Spliced, latents: Tensor, seed: int, keys: Sequence[str]
-    ) -> None:
-        self.model, self.spliced, self.latents = model, spliced, latents
+        self, model: Any, spliced: Spliced, latents: Tensor, seed: int, keys: Sequence[str],
+        guided: GuidedPrediction | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.spliced, self.latents, self.guided = model, spliced, latents, guided
         self.generators = [noise_generator(seed, "unlearndiffatk noise", key) for key in keys]
         self.timestep = 0
 
@@ -71,10 +96,12 @@ class DenoisingLoss:
         ).to(clean)
         times = torch.full((len(item),), self.timestep, device=clean.device)
         noised = self.model.noised(clean, noise, times)
-        predicted = self.model.predict(noised, times, self.spliced.encode(vectors, item)).epsilon(
-            noised
-        )
-        return (noise - predicted).float().square().flatten(1).mean(1)
+        condition = self.spliced.encode(vectors, item)
+        if self.guided is None:
+            made = self.model.predict(noised, times, condition)
+        else:
+            made = self.guided.effective(noised, self.timestep, condition, item)
+        return (noise - made.epsilon(noised)).float().square().flatten(1).mean(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +111,7 @@ class UnlearnDiffAtk(Attack):
     id: ClassVar[str] = "unlearndiffatk"
     title: ClassVar[str] = "UnlearnDiffAtk"
     source: ClassVar[str] = "arXiv 2310.11868"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     families: ClassVar[tuple[str, ...]] = ("diffusion",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper:unsafe": {},
@@ -106,8 +133,13 @@ class UnlearnDiffAtk(Attack):
     weight_decay: float = setting(0.1, "Adam's L2 weight decay", minimum=0)
     clip: float = setting(1.0, "Bound of each entry of the one-hot gradient", minimum=0)
     target: str = setting(
-        "original", "Whose picture is the target: the unerased model's", choices=("original",)
-    )
+        "auto", "Whose picture is the target: the unerased model's, one of the concept, the attacked model's own",
+        choices=("auto", *TARGETS),
+    )  # fmt: skip
+    loss: str = setting(
+        "auto", "Which prediction: the effective one where a defence acts on guidance, else the prompt's own",
+        choices=("auto", "conditional", "guided"),
+    )  # fmt: skip
     rng: str = setting(
         "private",
         "private: noise and draws run on; official: they repeat after each picture, as published",
@@ -130,7 +162,7 @@ class UnlearnDiffAtk(Attack):
         reference: Any = None,
         seed: int = 0,
     ) -> Attempts:
-        """Attack each prompt; ``reference`` (default: the model, its edits lifted) makes the targets.
+        """Attack each prompt; ``reference`` (default: the model, its edits lifted) makes the targets "original".
 
         Where the budget is smaller than the settings ask for, updates are cut evenly, then timesteps;
         one that does not pay a single update and its picture is refused.  See
@@ -140,52 +172,97 @@ class UnlearnDiffAtk(Attack):
         original = model if reference is None else reference
         forbidden = Forbidden(model.tokenizer, concept, len(model.token_table()))
         meter = Meter(model, original)
+        self._check_loss(model)
+        target, given = self._target(model, reference, concept)
         long = without_room(model, [p.text for p in prompts], self.tokens, self.placement)
 
         def one(part: list[Prompt]) -> tuple[Trials, list[Attempt]]:
             """Some prompts in lock step."""
             trials = Trials(
                 model, concept, judge, part, Ledger(len(part), budget.denoiser_rows),
-                steps=self.steps, guidance=self.guidance, pictures=3, rows=2,
+                steps=self.steps, guidance=self.guidance, pictures=2 + (target == "original"),
+                rows=2 * self._rows(model),
             )  # fmt: skip
             trials.skip(long)
-            return trials, self._search(model, original, trials, forbidden, seed)
+            return trials, self._search(model, original, trials, forbidden, seed, target, given)
 
         items, pictures = in_batches(prompts, self.batch, one)
         return assembled(self, judge, budget, seed, items, pictures, meter.read())
 
-    def schedule(self, limit: int | None, price: int, last: int) -> tuple[list[int], int]:
+    def schedule(
+        self, limit: int | None, price: int, last: int, rows: int = 1, targets: int = 1
+    ) -> tuple[list[int], int]:
         """Timesteps and updates at each that fit ``limit`` rows with pictures of ``price`` rows.
 
-        With the defaults and ``last = 1000``: 10, 30, ..., 990 and 40.
+        With the defaults and ``last = 1000``: 10, 30, ..., 990 and 40.  ``rows``: of one update, in one
+        direction; ``targets``: target pictures that are paid for.
         """
         visited, updates = self.timesteps, self.updates
         if limit is not None:
-            left = limit - 2 * price  # the target and the plain picture
-            visited = max(1, min(visited, left // (price + 2)))
-            updates = max(0, min(updates, (left // visited - price) // 2))
+            left = limit - (1 + targets) * price  # the plain picture and the target
+            visited = max(1, min(visited, left // (price + 2 * rows)))
+            updates = max(0, min(updates, (left // visited - price) // (2 * rows)))
         return [int((2 * i + 1) * last / (2 * visited)) for i in range(visited)], updates
 
+    def _check_loss(self, model: Any) -> None:
+        if self.loss == "guided" and not model.two_branches:
+            raise MissingCapability(
+                f"{self.id}: {model.name} has no unconditional branch, so loss cannot be 'guided'; take 'auto'"
+            )
+
+    def _guides(self, model: Any) -> bool:
+        return self.loss == "guided" or (self.loss == "auto" and acts_on_guidance(model))
+
+    def _rows(self, model: Any) -> int:
+        """Denoiser rows of one loss, in one direction."""
+        if not self._guides(model):
+            return 1
+        made = GuidedPrediction(model, torch.ones(1), self.steps)
+        return made.rows + made.extra
+
+    def _target(self, model: Any, reference: Any, concept: Concept) -> tuple[str, Any]:
+        """Which target it is, and pictures of the concept where they are it."""
+        original = reference is not None or len(model.edits) > 0 or bool(model.controls)
+        if self.target in ("original", "own") or (self.target == "auto" and original):
+            return ("original" if self.target == "auto" else self.target), None
+        found = pictures_of_concept(model, concept, TARGET_PICTURES)
+        if found is None and self.target == "pictures":
+            raise InputError(
+                f"{self.id}: target 'pictures' needs pictures of {concept.name!r}; name files in the concept's images"
+            )
+        return ("own", None) if found is None else ("pictures", found.pictures)
+
     def _search(
-        self, model: Any, original: Any, trials: Trials, forbidden: Forbidden, seed: int
-    ) -> list[Attempt]:
+        self, model: Any, original: Any, trials: Trials, forbidden: Forbidden, seed: int, target: str, given: Any
+    ) -> list[Attempt]:  # fmt: skip
         """Search the items whose plain prompt does not show the concept already."""
         details: list[dict[str, Any]] = [{} for _ in trials.prompts]
         ledger = trials.ledger
         last = int(model.pipeline.scheduler.config.num_train_timesteps)
-        times, updates = self.schedule(ledger.limit, trials.price, last)
+        rows = self._rows(model)
+        paid = int(target == "original")
+        times, updates = self.schedule(ledger.limit, trials.price, last, rows, paid)
         rest = trials.open.nonzero().flatten().tolist()
         if not rest:
             return trials.attempts(details)
         prompts = [trials.prompts[i] for i in rest]
-        with original.lifted():
-            targets = outputs(original, prompts, cache=SHARED, **trials.options)
-            latents = original.latents_of(targets).to(model.device, model.dtype)
-        ledger.spend(rest, trials.price)
+        if target == "original":
+            with original.lifted():
+                targets = outputs(original, prompts, cache=SHARED, **trials.options)
+                latents = original.latents_of(targets).to(model.device, model.dtype)
+            ledger.spend(rest, trials.price)
+        elif target == "pictures":
+            latents = model.latents_of(_dealt(given, seed, item_keys(prompts)))
+        else:
+            latents = model.latents_of(np.stack([trials.best[i] for i in rest]))
         spliced = Spliced(
             model, [prompt.text for prompt in prompts], self.tokens, self.placement, forbidden
         )
-        loss = DenoisingLoss(model, spliced, latents, seed, item_keys(prompts))
+        guided = None
+        if self._guides(model):
+            weights = torch.tensor([p.guided(trials.options["guidance"]) for p in prompts])
+            guided = GuidedPrediction(model, weights, self.steps)
+        loss = DenoisingLoss(model, spliced, latents, seed, item_keys(prompts), guided)
         loss.timestep = times[0]
         own, official = Ledger(len(rest)), self.rng == "official"
 
@@ -200,14 +277,24 @@ class UnlearnDiffAtk(Attack):
             item = active.nonzero().flatten()
             usable = item[spliced.admissible(ids[item], item)]
             texts = spliced.realise(ids[usable], usable)[0]
+            before = [float(trials.top[rest[int(i)]]) for i in usable]
             hit = trials.show([rest[int(i)] for i in usable], texts)
             active[usable[hit]] = False
+            if target == "own":
+                higher = [
+                    int(i)
+                    for i, was in zip(usable, before, strict=True)
+                    if trials.top[rest[int(i)]] > was and bool(active[i])
+                ]
+                if higher:
+                    shown = np.stack([trials.best[rest[i]] for i in higher])
+                    loss.latents[higher] = model.latents_of(shown).to(loss.latents)
             return active
 
         problem = Problem(
             spliced.table, self.tokens, forbidden.allowed, loss,
             realise=spliced.realise, admissible=spliced.admissible, items=len(rest), keys=item_keys(prompts),
-            generators=loss.generators if official else None,
+            generators=loss.generators if official else None, rows=rows,
             counted=lambda rows: model.cost.add("denoiser", rows, "backward"),
         )  # fmt: skip
         rule = Simplex(updates * len(times), self.lr, self.weight_decay, self.clip)
@@ -216,6 +303,15 @@ class UnlearnDiffAtk(Attack):
         for i, result in zip(rest, found, strict=True):
             details[i] = {
                 "ids": result.ids.tolist(), "found": result.text, "realisable": result.realisable,
-                "admissible": result.admissible, "last_draw_loss": result.last_draw_loss,
+                "admissible": result.admissible, "last_draw_loss": result.last_draw_loss, "target": target,
             }  # fmt: skip
         return trials.attempts(details)
+
+
+def _dealt(pictures: Any, seed: int, keys: Sequence[str]) -> Any:
+    """One picture an item, whoever else is attacked."""
+    rows = [
+        int(torch.randint(len(pictures), (), generator=noise_generator(seed, "target", key)))
+        for key in keys
+    ]
+    return np.asarray(pictures)[rows]
