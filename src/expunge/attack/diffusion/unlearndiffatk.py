@@ -111,7 +111,7 @@ class UnlearnDiffAtk(Attack):
     id: ClassVar[str] = "unlearndiffatk"
     title: ClassVar[str] = "UnlearnDiffAtk"
     source: ClassVar[str] = "arXiv 2310.11868"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 2
     families: ClassVar[tuple[str, ...]] = ("diffusion",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper:unsafe": {},
