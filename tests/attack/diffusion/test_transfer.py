@@ -70,9 +70,7 @@ def test_texts_that_name_the_concept_are_left_out(model):
 
 
 def test_attempts_are_carried_over(model):
-    inner = UnlearnDiffAtk(
-        tokens=2, timesteps=2, updates=1, steps=2, guidance=3.0, target="original"
-    )
+    inner = UnlearnDiffAtk(tokens=2, timesteps=2, updates=1, steps=2, guidance=3.0)
     source = inner.attack(model, STAR, Said(), Budget("small", 60), prompts=PROMPTS, seed=0)
     carried = Transfer.carrying(source, **SMALL)
     other = tiny_diffusion(seed=1)

@@ -145,8 +145,12 @@ def test_a_budget_that_searches_nothing_is_refused(model):
     """Plain picture, target, one update and its picture are the least (3 x 4 + 2 rows)."""
     for rows in (4, 8, 13):
         with pytest.raises(SettingError, match="costs 14"):
-            SMALL.attack(model, STAR, Scripted(), Budget("small", rows), prompts=PROMPTS)
-    made = SMALL.attack(model, STAR, Scripted(), Budget("small", 14), prompts=PROMPTS)
+            SMALL.attack(
+                model, STAR, Scripted(), Budget("small", rows), prompts=PROMPTS, reference=model
+            )
+    made = SMALL.attack(
+        model, STAR, Scripted(), Budget("small", 14), prompts=PROMPTS, reference=model
+    )
     assert all(item.details["rows"] <= 14 and item.details["pictures"] for item in made.items)
 
 
@@ -155,18 +159,22 @@ def test_a_prompt_without_room_is_skipped_and_the_others_attacked(model, batch):
     attack = UnlearnDiffAtk(**{**SMALL.settings(), "batch": batch})
     long = [Prompt("a " * 13, seed=8), Prompt("star " * 13, seed=9)]
     asked = [long[0], PROMPTS[0], long[1]]
-    found = attack.attack(model, STAR, Scripted({8}), Budget("small", 60), prompts=asked)
+    found = attack.attack(
+        model, STAR, Scripted({8}), Budget("small", 60), prompts=asked, reference=model
+    )
     assert [item.prompt for item in found.items] == asked
     assert [item.pre_hit for item in found.items] == [True, False, False] and not found.items[1].hit
     assert [item.details["pictures"] > 0 for item in found.items] == [False, True, False]
     assert "at most 12 fit" in found.items[2].details["skipped"]
     assert not any("skipped" in item.details for item in found.items[:2])
     with pytest.raises(PromptError, match="at most 12 fit"):
-        attack.attack(model, STAR, Scripted(), Budget("small", 60), prompts=long)
+        attack.attack(model, STAR, Scripted(), Budget("small", 60), prompts=long, reference=model)
 
 
 def test_reported_loss_says_whose_it_is(model):
-    made = SMALL.attack(model, STAR, Scripted(), Budget("small", 60), prompts=PROMPTS)
+    made = SMALL.attack(
+        model, STAR, Scripted(), Budget("small", 60), prompts=PROMPTS, reference=model
+    )
     for item in made.items:
         assert item.details["last_draw_loss"] > 0 and "loss" not in item.details
 
@@ -186,7 +194,7 @@ def test_official_noise_and_draws_repeat_after_each_picture(model, monkeypatch, 
     state = torch.random.get_rng_state()
     # At a learning rate of 0 the shares stay even, so that equal draws are equal strings.
     attack = UnlearnDiffAtk(**{**SMALL.settings(), "rng": rng, "lr": 0.0})
-    attack.attack(model, STAR, Scripted(), Budget("paper"), prompts=PROMPTS[:1])
+    attack.attack(model, STAR, Scripted(), Budget("paper"), prompts=PROMPTS[:1], reference=model)
     assert torch.equal(torch.random.get_rng_state(), state) and len(noises) == 6
     for block in (2, 4):
         for k in (0, 1):
@@ -198,7 +206,9 @@ def test_official_noise_and_draws_repeat_after_each_picture(model, monkeypatch, 
 def test_official_results_do_not_depend_on_the_batch(model):
     def ids(batch):
         attack = UnlearnDiffAtk(**{**SMALL.settings(), "rng": "official", "batch": batch})
-        made = attack.attack(model, STAR, Scripted(), Budget("small", 60), prompts=PROMPTS)
+        made = attack.attack(
+            model, STAR, Scripted(), Budget("small", 60), prompts=PROMPTS, reference=model
+        )
         return [item.details["ids"] for item in made.items]
 
     assert ids(1) == ids(8)
@@ -226,7 +236,13 @@ def test_same_seed_same_attack_in_any_batch_and_another_seed_differs(model):
     def run(seed, **changes):
         attack = UnlearnDiffAtk(**{**SMALL.settings(), **changes})
         return attack.attack(
-            model, STAR, Scripted(), Budget("small", 60), prompts=PROMPTS, seed=seed
+            model,
+            STAR,
+            Scripted(),
+            Budget("small", 60),
+            prompts=PROMPTS,
+            reference=model,
+            seed=seed,
         )
 
     one, two, other = run(3, batch=8), run(3, batch=1), run(4, batch=8)
@@ -244,9 +260,9 @@ def test_the_model_is_left_as_it_was_found(model):
                 raise RuntimeError("judge failed")
             return super().judge(outputs, concept, prompts)
 
-    SMALL.attack(model, STAR, Scripted(), Budget("small", 60), prompts=PROMPTS)
+    SMALL.attack(model, STAR, Scripted(), Budget("small", 60), prompts=PROMPTS, reference=model)
     with pytest.raises(RuntimeError, match="judge failed"):
-        SMALL.attack(model, STAR, Raising(), Budget("small", 60), prompts=PROMPTS)
+        SMALL.attack(model, STAR, Raising(), Budget("small", 60), prompts=PROMPTS, reference=model)
     assert torch.equal(torch.random.get_rng_state(), state) and torch.is_grad_enabled()
     for name, tensor in model.tensors().items():
         assert (
@@ -278,7 +294,7 @@ def test_which_target_is_taken(model, tmp_path):
     from PIL import Image
 
     def targets(**options):
-        made = run(model, target=options.pop("target", "auto"), **options)
+        made = run(model, target=options.pop("target", "original"), **options)
         return {item.details["target"] for item in made.items}, made
 
     assert targets(reference=model)[0] == {"original"}
@@ -349,10 +365,10 @@ def test_guarded_models_are_searched_through_their_guidance(model):
 
 def test_unguarded_models_are_attacked_as_ever(model):
     """Nothing acts on guidance, so "auto" is the loss of the paper, to the bit."""
-    auto, plain = run(model), run(model, loss="conditional")
+    auto, plain = run(model, reference=model), run(model, reference=model, loss="conditional")
     assert [i.details for i in auto.items] == [i.details for i in plain.items]
     # Where nothing acts, the effective prediction is the prompt's own, too.
-    guided = run(model, rows=90, loss="guided")
+    guided = run(model, reference=model, rows=90, loss="guided")
     for one, two in zip(plain.items, guided.items, strict=True):
         assert one.details["last_draw_loss"] == pytest.approx(
             two.details["last_draw_loss"], rel=0.3

@@ -68,9 +68,8 @@ class PredictionMatch:
         self, model: Any, spliced: Spliced, bank: TargetBank, own: Sequence[int],
         guided: GuidedPrediction | None = None, noise: bool = False,
     ) -> None:  # fmt: skip
-        self.model, self.spliced, self.bank, self.guided, self.noise = (
-            model, spliced, bank, guided, noise,
-        )  # fmt: skip
+        self.model, self.spliced, self.bank = model, spliced, bank
+        self.guided, self.noise = guided, noise
         self.own, self.step = torch.tensor(list(own)), 0
         self._drawn: tuple[int, Any] = (-1, None)
 
@@ -303,14 +302,13 @@ class _Search:
             texts = [prompt.text for prompt in self.prompts]
             counts = method._counts(self.model, texts, form)
             for count, own in by_count(counts).items():
-                fits = [k for k in own if texts[k] not in self.long[form] and self._open(k)]
+                fits = [
+                    k for k in own if texts[k] not in self.long[form] and trials.open[self.rest[k]]
+                ]
                 if fits:
                     self._form(form, count, fits, updates, weights)
         trials.ledger.spend(self.rest, self.bank.drawn * self.bank.rows)
         return self.details
-
-    def _open(self, k: int) -> bool:
-        return bool(self.trials.open[self.rest[k]])
 
     def _targets(self) -> Any:
         """Of ``pictures`` pictures that the unrestricted model makes of each prompt, the one that shows most."""
@@ -325,9 +323,8 @@ class _Search:
         return made[np.arange(len(made)), scores.argmax(1)]
 
     def _embedded(self, pictures: Any) -> Tensor | None:
-        if self.embed is None:
-            return None
-        return functional.normalize(self.embed(pictures).float().cpu(), dim=-1)
+        found = None if self.embed is None else self.embed(pictures).float().cpu()
+        return None if found is None else functional.normalize(found, dim=-1)
 
     def _form(self, form: str, count: int, own: list[int], updates: int, weights: Tensor) -> None:
         """Search one form for items (positions in ``rest``) of ``count`` searched tokens, and try what was found."""

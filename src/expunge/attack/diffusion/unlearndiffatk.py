@@ -12,15 +12,14 @@ target, a picture of the concept.
 
 Whose picture that is (``target``):
 
-    original    the unerased model's, of the same prompt and seed: the paper's protocol
+    original    the unerased model's, of the same prompt and seed: the paper's protocol.  Where no original is
+                given and no edit can be lifted, the next of these that there is
     pictures    any picture of the concept, here those the concept names, else its world's: the paper's
                 equation asks for no more, and its authors say that such pictures serve
     own         no picture and no original, for auditors who have neither; OURS, neither paper nor code has
                 such a form: of the pictures that the attacked model itself drew for the prompt, plain or
                 attacked, the one the judge gives the highest score.  It begins with the plain picture and
                 climbs; the judge, which else only ends the search, takes part in it
-    auto        the first of these that there is: original where one is given or an edit can be lifted,
-                pictures, own
 
 Where something that acts on guidance guards the model (Safe Latent Diffusion, a negative text), the
 prediction of the prompt alone does not see it; the loss then takes the effective prediction of
@@ -133,8 +132,8 @@ class UnlearnDiffAtk(Attack):
     weight_decay: float = setting(0.1, "Adam's L2 weight decay", minimum=0)
     clip: float = setting(1.0, "Bound of each entry of the one-hot gradient", minimum=0)
     target: str = setting(
-        "auto", "Whose picture is the target: the unerased model's, one of the concept, the attacked model's own",
-        choices=("auto", *TARGETS),
+        "original", "Whose picture is the target: the unerased model's, one of the concept, the attacked model's own",
+        choices=TARGETS,
     )  # fmt: skip
     loss: str = setting(
         "auto", "Which prediction: the effective one where a defence acts on guidance, else the prompt's own",
@@ -222,9 +221,9 @@ class UnlearnDiffAtk(Attack):
 
     def _target(self, model: Any, reference: Any, concept: Concept) -> tuple[str, Any]:
         """Which target it is, and pictures of the concept where they are it."""
-        original = reference is not None or len(model.edits) > 0 or bool(model.controls)
-        if self.target in ("original", "own") or (self.target == "auto" and original):
-            return ("original" if self.target == "auto" else self.target), None
+        lifts = reference is not None or len(model.edits) > 0 or bool(model.controls)
+        if self.target == "own" or (self.target == "original" and lifts):
+            return self.target, None
         found = pictures_of_concept(model, concept, TARGET_PICTURES)
         if found is None and self.target == "pictures":
             raise InputError(
@@ -246,15 +245,7 @@ class UnlearnDiffAtk(Attack):
         if not rest:
             return trials.attempts(details)
         prompts = [trials.prompts[i] for i in rest]
-        if target == "original":
-            with original.lifted():
-                targets = outputs(original, prompts, cache=SHARED, **trials.options)
-                latents = original.latents_of(targets).to(model.device, model.dtype)
-            ledger.spend(rest, trials.price)
-        elif target == "pictures":
-            latents = model.latents_of(_dealt(given, seed, item_keys(prompts)))
-        else:
-            latents = model.latents_of(np.stack([trials.best[i] for i in rest]))
+        latents = self._latents(model, original, trials, rest, seed, target, given)
         spliced = Spliced(
             model, [prompt.text for prompt in prompts], self.tokens, self.placement, forbidden
         )
@@ -306,6 +297,21 @@ class UnlearnDiffAtk(Attack):
                 "admissible": result.admissible, "last_draw_loss": result.last_draw_loss, "target": target,
             }  # fmt: skip
         return trials.attempts(details)
+
+    def _latents(
+        self, model: Any, original: Any, trials: Trials, rest: list[int], seed: int, target: str, given: Any
+    ) -> Tensor:  # fmt: skip
+        """``x_0`` of each searched item's target; one that the original draws is paid for."""
+        prompts = [trials.prompts[i] for i in rest]
+        if target == "own":
+            return model.latents_of(np.stack([trials.best[i] for i in rest]))
+        if target == "pictures":
+            return model.latents_of(_dealt(given, seed, item_keys(prompts)))
+        with original.lifted():
+            targets = outputs(original, prompts, cache=SHARED, **trials.options)
+            latents = original.latents_of(targets).to(model.device, model.dtype)
+        trials.ledger.spend(rest, trials.price)
+        return latents
 
 
 def _dealt(pictures: Any, seed: int, keys: Sequence[str]) -> Any:
