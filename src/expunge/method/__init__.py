@@ -23,11 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import ProtocolError, SettingError, WrongMethod, nearest
-<<<<<<< HEAD
-from .judging import Calibration, Judge, Verdicts
-=======
 from .control import Control
->>>>>>> de38b99 (Take the target from the original where there is one; Control stands in a file of its own)
+from .judging import Calibration, Judge, Verdicts
 from .settings import Method, setting
 
 if TYPE_CHECKING:
