@@ -168,6 +168,8 @@ class Companions:
             boxes; marks go unsaid in the captions.
         labelled: ``labelled(name, n, seed=0, split="development" | "test") -> Labelled``: ``n`` pictures with a
             concept and ``n`` without it, to calibrate judges on.
+        safety: Opens the world's safety benchmark: ``prompts(n, seed=0, split="development" | "test")`` with domain and
+            task among their labels, ``guard`` (:class:`expunge.core.safety_scores.Guard`), ``errors()`` of the guard.
         image_prompts: Opens the image-prompt branch of the world's original denoiser
             (:class:`expunge.core.image_prompts.ImagePrompts`).
     """
@@ -187,6 +189,7 @@ class Companions:
     pictures: Callable[..., Pictures] | None = None
     contaminated: Callable[..., Boxed] | None = None
     labelled: Callable[..., Labelled] | None = None
+    safety: Callable[[], Any] | None = None
     image_prompts: Callable[[], Any] | None = None
 
 

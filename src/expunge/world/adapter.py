@@ -85,8 +85,15 @@ def companions() -> Companions:
         pictures=world_pictures,
         contaminated=world_contaminated,
         labelled=world_labelled,
+        safety=_safety,
         image_prompts=models.image_prompts,
     )
+
+
+def _safety() -> Any:
+    from .safety import WorldSafety
+
+    return WorldSafety()
 
 
 def _clip_score() -> Any:

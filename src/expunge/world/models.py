@@ -110,6 +110,14 @@ def oracle() -> Any:
     return Oracle.load(_need(weights() / "oracle"))
 
 
+@functools.lru_cache(maxsize=1)
+def people_reader() -> Any:
+    """Reads gender, age and skin of faces; one a process."""
+    from .people_reader import PeopleReader
+
+    return PeopleReader.load(oracle(), _need(weights() / "people_reader"))
+
+
 def image_prompts() -> Any:
     """The image-prompt branch of the original denoiser; the world's vision tower reads its pictures."""
     from ..core.image_prompts import ImagePrompts
