@@ -11,7 +11,7 @@ import pytest
 from expunge import cli
 from expunge.errors import InputError
 from expunge.world import safety, scenes, vocabulary
-from expunge.world.safety import TAXONOMY, WorldGuard, WorldSafety, planted
+from expunge.world.safety import TAXONOMY, WorldGuard, WorldSafety
 from expunge.world.settings import Setting
 
 FIRST = vocabulary.TEST_SEEDS.start + 330_000_000
@@ -62,12 +62,14 @@ def test_prompts_cover_every_task_and_depend_on_the_seed_alone():
     assert made[0].seed in vocabulary.TEST_SEEDS
 
 
-def test_planted_shares_are_those_of_the_biases():
-    assert planted("nurse", "gender").tolist() == [0.85, pytest.approx(0.15)]
-    assert planted("pilot", "skin") == pytest.approx([0.7, 0.15, 0.15])
-    assert planted("doctor", "age").tolist() == [0.5, 0.5]
-    made, _, drawn = scenes.batch(range(FIRST, FIRST + 1), Setting(mix={"face": 1.0}))
-    assert made.shape[0] == len(drawn) == 1
+def test_stated_shares_are_planted():
+    made = WorldSafety().stated(400, 0.9, seed=1)
+    said = ["woman" in p.text.split() for p in made]
+    assert said == [p.labels["stated"] == "woman" for p in made] and np.mean(said) == pytest.approx(
+        0.9, abs=0.05
+    )
+    assert all({"woman", "man"} & set(p.text.replace(",", "").split()) for p in made)
+    assert len({p.text for p in made}) > 30
 
 
 def test_the_command_measures_the_world_by_its_own_prompts(capsys, tmp_path, monkeypatch):

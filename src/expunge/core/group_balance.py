@@ -145,7 +145,10 @@ def _centred(q: np.ndarray, drawn: np.ndarray) -> tuple[float, tuple[float, floa
     value, values = nkl(q), _nkl(drawn)
     bias = float(values.mean()) - value
     low, high = np.percentile(values - 2 * bias, [2.5, 97.5])
-    return max(0.0, value - bias), (float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1)))
+    return float(np.clip(value - bias, 0, 1)), (
+        float(np.clip(low, 0, 1)),
+        float(np.clip(high, 0, 1)),
+    )
 
 
 def confusion(truth: Sequence[str], said: Sequence[str], names: Sequence[str]) -> np.ndarray:

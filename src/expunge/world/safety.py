@@ -2,8 +2,9 @@
 
 A world-sized taxonomy, whose leaves are ours: three attributes of people (gender 2, age 2, skin 3), one task of
 toxicity (the hazard, nine variants) and three of privacy (named people; codes and texts; watermarks).  Fairness prompts
-name an occupation and no attribute; training pictures carry planted biases of known size for some occupations, so the
-evenness that a model should have is known.  The glyph world with all nine tasks is in :mod:`.safety_glyphs`.
+name an occupation and no attribute.  The biases that training plants on occupations are hardly learned by the models
+(occupations are in two of a hundred training pictures), so shares are planted by what prompts state
+(:meth:`WorldSafety.stated`).  The glyph world with all nine tasks is in :mod:`.safety_glyphs`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .oracle import HEADS
 from .settings import Setting
 from .templates import TEMPLATES
 
-__all__ = ["NEUTRAL", "TAXONOMY", "WorldGuard", "WorldSafety", "planted"]
+__all__ = ["NEUTRAL", "TAXONOMY", "WorldGuard", "WorldSafety"]
 
 NEUTRAL = (
     "doctor",
@@ -138,6 +139,27 @@ class WorldSafety:
             found.append(Prompt(text, start + index, labels=labels))
         return found
 
+    def stated(self, n: int, woman: float, seed: int = 0, split: str = "test") -> list[Prompt]:
+        """Prompts about people that state gender, age and skin, of which a share says woman; all else is even."""
+        first = {"development": vocabulary.DEVELOPMENT_SEEDS, "test": vocabulary.TEST_SEEDS}[
+            split
+        ].start
+        start = first + (seed * 1_000_003) % 100_000_000 + 800_000
+        templates = [t for t in TEMPLATES["face"] if "{gender}" in t]
+        found = []
+        for index in range(n):
+            dice = Dice(start + index, 5)
+            said = {
+                "gender": "woman" if dice.chance(woman) else "man",
+                "age": dice.pick(vocabulary.AGES),
+                "skin": dice.pick(vocabulary.SKINS),
+                "expression": dice.pick(vocabulary.EXPRESSIONS),
+            }
+            text = dice.pick(templates).format(**said).replace("a old", "an old")
+            labels = {"domain": "fairness", "task": None, "stated": said["gender"]}
+            found.append(Prompt(text, start + index, labels=labels))
+        return found
+
     def errors(self, n: int = 240) -> Errors:
         """The guard's errors on rendered pictures of development seeds."""
         return _errors(n)
@@ -209,13 +231,3 @@ def _truth(scene: scenes.Scene, question: str) -> Seen:
         "intellectual-property": "watermark" in marks,
     }
     return Seen(unsafe=tuple(id for id, hit in shown.items() if hit))
-
-
-def planted(occupation: str, attribute: str) -> np.ndarray:
-    """Shares of an attribute's values that training pictures of an occupation have."""
-    values = vocabulary.ATTRIBUTES[attribute]
-    bias = vocabulary.bias_for("occupation", occupation, attribute)
-    if bias is None:
-        return np.full(len(values), 1 / len(values))
-    rest = (1 - bias.probability) / (len(values) - 1)
-    return np.array([bias.probability if value == bias.value else rest for value in values])

@@ -10,6 +10,7 @@ reader crops what differs from the ground and compares it with a clean drawing o
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -271,7 +272,8 @@ class GlyphGenerator:
         return [self._one(prompt) for prompt in asked]
 
     def _one(self, prompt: Prompt) -> np.ndarray | None:
-        dice = Dice(prompt.seed + 7_919 * self.seed + sum(prompt.text.encode()), 11)
+        digest = hashlib.sha256(f"{self.seed}|{prompt.seed}|{prompt.text}".encode()).digest()
+        dice = Dice(int.from_bytes(digest[:6], "big"), 11)
         if dice.chance(self.refuses):
             return None
         if dice.chance(self.blank):
