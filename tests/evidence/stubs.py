@@ -176,6 +176,21 @@ class Teacher(Forger):
     teaches: ClassVar[bool] = True
 
 
+@dataclasses.dataclass(frozen=True)
+class Compares(Password):
+    """Means nothing without the original."""
+
+    id: ClassVar[str] = "compares"
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    def attack(self, *arguments: Any, reference: Any = None, **options: Any) -> Attempts:
+        assert reference is not None
+        return super().attack(*arguments, **options)
+
+
 def prompts(
     name: str, n: int, seed: int = 0, split: str = "test", route: str = "name"
 ) -> list[Prompt]:

@@ -19,6 +19,8 @@ from expunge.method import BUDGETS, Prompt
 
 from .stubs import (
     STAR,
+    ColourJudge,
+    Compares,
     ConstantJudge,
     Forger,
     Painter,
@@ -153,10 +155,59 @@ def test_without_an_original_nothing_is_concluded() -> None:
     assert found.models.original is None and found.verdict.status == "inconclusive"
     assert found.frechet_to_original is None and found.differences["target_hit"] is None
     assert "no-original" in {flag.code for flag in found.flags}
+    assert "cannot be concluded that anything was erased" in found.verdict.line
     given = audit(
         model, (), STAR, original=Painter("theirs"), attacks="none", n=20, kept_n=5, cache=None
     )
     assert given.models.original.name == "theirs" and given.verdict.status == "not-erased"
+    assert given.scope is None  # all three are there
+
+
+def test_a_stranger_is_told_what_cannot_be_concluded_and_what_can() -> None:
+    """A model that came without companions, with a judge of the caller's."""
+    model = Painter("from/a/stranger", {"star": 0.3})
+    prompts = [Prompt(f"a star number {i}", i) for i in range(40)]
+    attacks = [Password(), Compares()]
+    found = audit(
+        model, (), STAR, judge=ColourJudge(), prompts=prompts, attacks=attacks, n=40, cache=None
+    )
+    assert found.models.original is None and found.models.never is None
+    cannot, can = "\n".join(found.scope.cannot), "\n".join(found.scope.can)
+    for words in (
+        "whether anything was erased", "what was damaged", "no original and no never", "only fools the judge",
+        "its false positives are unknown", "compares (it needs the original model, and there is none)",
+    ):  # fmt: skip
+        assert words.lower() in cannot.lower()
+    rate = f"{100 * found.models.erased.target_hit:.0f}\u00a0%"
+    assert rate in can and "40 prompts" in can and "password" in can and "compares" not in can
+    password, compares = found.attacks
+    assert (
+        password.status == "unchecked" and password.hit_erased == 1.0 and password.recovered is None
+    )
+    assert "attacks.password.hit_erased" in found.intervals
+    assert compares.status == "not-run" and compares.hit_erased is None and compares.n == 0
+    assert (
+        found.reasons["attacks.compares.hit_erased"]
+        == "it needs the original model, and there is none"
+    )
+    assert not [flag for flag in found.flags if "compares" in flag.message]
+    assert "100\u00a0% after the attack" in found.verdict.line and rate in found.verdict.line
+    # With kept concepts the judge's false positives are known, with a never half of the scale is.
+    more = audit(model, (), STAR, judge=ColourJudge(), prompts=prompts, kept={"heart": ["a heart"]}, attacks="none",
+                 never=Painter("never", {"star": 0.0}), n=40, cache=None)  # fmt: skip
+    cannot = "\n".join(more.scope.cannot)
+    assert (
+        "false positives" not in cannot
+        and "has no original, so" in cannot
+        and "only fools" not in cannot
+    )
+    assert "ask for something else" in "\n".join(more.scope.can)
+
+
+def test_an_attack_that_needs_the_original_runs_where_there_is_one() -> None:
+    model, change, _ = triad()
+    found = audit(model, [change], STAR, attacks=[Compares()], n=20, kept_n=5, cache=None)
+    assert found.attacks[0].status == "valid" and found.scope is None
 
 
 def test_the_model_is_left_as_it_was_found() -> None:
@@ -181,6 +232,37 @@ def test_a_second_edit_finds_the_pictures_of_original_and_never() -> None:
     assert model.made - made == erased_only and never.made == never_made
     assert two.models.original == one.models.original and two.models.erased != one.models.erased
     assert two.attacks[0].hit_original == one.attacks[0].hit_original
+
+
+def test_a_second_edit_pays_for_its_own_rows_only_in_another_process_too(tmp_path: Path) -> None:
+    def audited(**erased: float) -> tuple[Evidence, int]:
+        """An audit as a new process would make it: fresh models, and a cache that knows the folder alone."""
+        model, _, never = triad()
+        before = model.cost.rows("denoiser") + never.cost.rows("denoiser")
+        found = audit(
+            model, [edit(model, **erased)], STAR, attacks=[Password(), Teacher()], n=20, kept_n=5,
+            cache=OutputCache(tmp_path),
+        )  # fmt: skip
+        return found, model.cost.rows("denoiser") + never.cost.rows("denoiser") - before
+
+    plain = 20 + 3 * 5 + 5  # target, kept, the route by phrase
+    first, rows = audited(star=0.05)
+    # Each attack draws the plain picture and the attacked one (the teacher's are drawn elsewhere) on three arms.
+    assert rows == 3 * (plain + 2 * 20 + 20) == first.cost["denoiser.forward"] and first.found == {}
+    second, rows = audited(star=0.3)
+    assert rows == plain + 2 * 20 + 20 == second.cost["denoiser.forward"]
+    assert second.found == {"outputs": 2 * plain, "denoiser.forward": 2 * 3 * 20}
+    for arm in ("original", "never"):
+        assert getattr(second.models, arm) == getattr(first.models, arm)
+        for one, two in zip(first.attacks, second.attacks, strict=True):
+            assert getattr(one, f"hit_{arm}") == getattr(two, f"hit_{arm}")
+    # The very same audit costs nothing, and says the same.
+    third, rows = audited(star=0.3)
+    assert rows == 0 and third.attacks[0].recovered == second.attacks[0].recovered
+    assert third.cost == {} and third.found["denoiser.forward"] == 3 * 3 * 20
+    for file in (tmp_path / "attacks").iterdir():
+        file.write_bytes(file.read_bytes()[:-3])
+    assert audited(star=0.3)[1] == 3 * 3 * 20  # damaged files are as good as none
 
 
 def test_seeds_are_pictures_of_one_prompt_and_do_not_count_as_prompts() -> None:

@@ -22,6 +22,7 @@ from .options import (
     AttackNOption,
     AttacksOption,
     BudgetOption,
+    CacheOption,
     ConceptOption,
     DeviceOption,
     DtypeOption,
@@ -195,6 +196,7 @@ def audit(
     attacks: AttacksOption = "all", budget: BudgetOption = "world", prompts: PromptsOption = None,
     seeds: SeedsOption = 1, n: NOption = 100, kept_n: KeptNOption = 20, attack_n: AttackNOption = 20,
     seed: SeedOption = 0, device: DeviceOption = "cpu", dtype: DtypeOption = None, sibling: SiblingOption = False,
+    cache: CacheOption = None,
 ) -> None:  # fmt: skip
     """Measure what is left of a concept, what broke, and what attacks bring back; writes the evidence."""
     opened = common.load(model, device, dtype)
@@ -203,13 +205,14 @@ def audit(
 
     edits = [Edit.load(file) for file in edit or []]
     _audit(opened, edits, wanted, out, original=original, never=never, judge=judge, attacks=attacks, budget=budget,
-           prompts=prompts, seeds=seeds, n=n, kept_n=kept_n, attack_n=attack_n, seed=seed, sibling=sibling)  # fmt: skip
+           prompts=prompts, seeds=seeds, n=n, kept_n=kept_n, attack_n=attack_n, seed=seed, sibling=sibling,
+           cache=cache)  # fmt: skip
 
 
 def _audit(
     model: Any, edits: list[Any], wanted: tuple[Concept, ...], out: Path, *, original: str | None = None,
     never: str | None = None, judge: Any = None, attacks: str = "all", prompts: Path | None = None,
-    **options: Any,
+    cache: Path | None = None, **options: Any,
 ) -> Any:  # fmt: skip
     from ..evidence import audit as run_audit
 
@@ -219,7 +222,9 @@ def _audit(
         if attacks in ("all", "none")
         else tuple(a.strip() for a in attacks.split(",") if a.strip())
     )
-    with common.quietly():
+    from ..core.sampling import SHARED
+
+    with common.quietly(), SHARED.also_in(cache):
         evidence = run_audit(
             model, edits, list(wanted), attacks=ids, judge=decides, original=common.beside(original, model),
             never=common.beside(never, model), prompts=common.read_prompts(prompts) if prompts else None,
@@ -241,6 +246,7 @@ def run(
     never: NeverOption = None, judge: JudgeOption = None, attacks: AttacksOption = "all", n: NOption = 100,
     budget: BudgetOption = "world", prompts: PromptsOption = None, seeds: SeedsOption = 1, kept_n: KeptNOption = 20,
     attack_n: AttackNOption = 20, seed: SeedOption = 0, device: DeviceOption = "cpu", dtype: DtypeOption = None,
+    cache: CacheOption = None,
 ) -> None:  # fmt: skip
     """Erase, then audit: everything in one folder."""
     opened = common.load(model, device, dtype)
@@ -248,7 +254,7 @@ def run(
     decides = common.chosen_judge(opened, judge)  # before an erasure that may take hours
     made = _erase(opened, wanted, method, preset, set_, keep, None, seed, out)
     _audit(opened, [made], wanted, out, never=never, judge=decides, attacks=attacks, budget=budget, prompts=prompts,
-           seeds=seeds, n=n, kept_n=kept_n, attack_n=attack_n, seed=seed)  # fmt: skip
+           seeds=seeds, n=n, kept_n=kept_n, attack_n=attack_n, seed=seed, cache=cache)  # fmt: skip
 
 
 @app.command()

@@ -83,6 +83,12 @@ AttacksOption = Annotated[str, typer.Option(help="Attack ids joined by commas, `
 BudgetOption = Annotated[
     str, typer.Option(help="Allowance for each attacked prompt: `paper`, `world` or `quick`.")
 ]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for outputs and attacks; another audit with it pays only for what depends on its own edit."
+    ),
+]
 PromptsOption = Annotated[
     Path | None, typer.Option(help="File of prompts that name the concept, one a line.")
 ]

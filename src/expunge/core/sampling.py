@@ -9,6 +9,7 @@ second edit therefore finds the pictures of the original and of the never model 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -16,7 +17,7 @@ import json
 import os
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ class OutputCache:
         self.hits = 0
         self.misses = 0
         self.results: dict[str, Any] = {}
+        """What attacks did (see :mod:`.kept_attempts`), under names that say everything that can change it."""
         self._held: OrderedDict[str, Any] = OrderedDict()
         self._bytes = 0
 
@@ -76,6 +78,19 @@ class OutputCache:
         self._hold(key, output)
         if self.folder is not None:
             self._write(key, output)
+
+    @contextlib.contextmanager
+    def also_in(self, folder: str | os.PathLike[str] | None) -> Iterator[None]:
+        """Keep what is made inside the block in a folder too, and look there; ``None`` changes nothing.
+
+        For programs: what attacks share among themselves is in the process's own cache.
+        """
+        before = self.folder
+        self.folder = before if folder is None else Path(folder)
+        try:
+            yield
+        finally:
+            self.folder = before
 
     def clear(self) -> None:
         """Forget what is held in memory; a folder is left as it is."""

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..concept import Concept
+from ..core import kept_attempts
 from ..core.sampling import OutputCache
 from ..errors import CatalogueError, ExpungeError, SettingError, nearest
 from ..measure.success import DENOMINATORS, attack_success
@@ -30,12 +31,20 @@ CONVENTIONS = tuple(name for name in DENOMINATORS if name != "all-prompts")
 
 @dataclasses.dataclass
 class Attacked:
-    """What one attack did to the arms; an arm where it stopped with an error is missing."""
+    """What one attack did to the arms; an arm where it stopped with an error is missing.
+
+    Attributes:
+        seconds: Arms that were attacked now.
+        found: Arms whose attempts were kept from an earlier audit.
+        left_out: Why the attack was not run at all.
+    """
 
     attack: Attack
     attempts: dict[str, Attempts]
     seconds: dict[str, float]
     failures: dict[str, str]
+    found: tuple[str, ...] = ()
+    left_out: str | None = None
 
 
 def choose(
@@ -97,13 +106,18 @@ def attack_arms(
     """Run one attack on every arm with the same prompts, seed and budget.
 
     What an attack did to the original or the never model does not depend on the edit under audit,
-    so it is kept in the cache for the next audit.  ``reference`` is the original model.
+    so it is kept in the cache for the next audit.  ``reference`` is the original model; without one, an
+    attack that needs it is not run.
     """
     done = Attacked(attack, {}, {}, {})
+    if reference is None and attack.needs_reference:
+        done.left_out = "it needs the original model, and there is none"
+        return done
     for arm in arms:
         with arm.ready() as model:
+            kept = cache if not model.controls else None
             key = _key(attack, model, concept, judge, allowance, prompts, reference, seed)
-            known = cache.results.get(key) if cache is not None and not model.controls else None
+            known = kept_attempts.recall(kept, key) if kept is not None else None
             start = time.perf_counter()
             try:
                 attempts = known or attack.attack(
@@ -118,10 +132,12 @@ def attack_arms(
             except ExpungeError as error:
                 done.failures[arm.name] = str(error)
                 continue
-            if known is None:
+            if known is not None:
+                done.found = (*done.found, arm.name)
+            else:
                 done.seconds[arm.name] = time.perf_counter() - start
-                if cache is not None and not model.controls:
-                    cache.results[key] = attempts
+                if kept is not None:
+                    kept_attempts.keep(kept, key, attempts)
             done.attempts[arm.name] = attempts
     return done
 
@@ -146,7 +162,7 @@ def attack_record(done: Attacked, judge: Judge, allowance: Budget, seed: int, no
     for arm in ARMS:
         attempts = done.attempts.get(arm)
         if attempts is None:
-            reason = done.failures.get(arm) or arms.get(arm) or "not attacked"
+            reason = done.left_out or done.failures.get(arm) or arms.get(arm) or "not attacked"
             for kind in ("pre", "hit"):
                 notes.null(f"{path}.{kind}_{arm}", reason)
             continue
@@ -210,6 +226,9 @@ def _conventions(
 def _judge(
     record: AttackRecord, done: Attacked, false_positives: float, notes: Notes, path: str
 ) -> None:
+    if done.left_out is not None:
+        record.status, record.reason = "not-run", done.left_out
+        return
     if record.hit_erased is None:
         record.status, record.reason = "failed", done.failures.get("erased", "it gave no result")
         return

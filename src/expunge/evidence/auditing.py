@@ -160,7 +160,7 @@ def _evidence(
     evidence = Evidence(
         expunge_version=__version__, created=_now(), command=command, model=run.model.name, family=run.model.family,
         judge=run.judge.protocol, settings=chosen, libraries=_libraries(), machine=_machine(run.model),
-        cost=_total(found), seconds=time.perf_counter() - start, concepts=found,
+        cost=_total(found), found=_found(found), seconds=time.perf_counter() - start, concepts=found,
     )  # fmt: skip
     evidence.gallery.update(gallery)
     return evidence
@@ -177,6 +177,15 @@ def _total(found: Mapping[str, ConceptFields]) -> dict[str, int]:
             if stage.edit is not None:
                 made.add(stage.edit)
     return dict(cost)
+
+
+def _found(concepts: Mapping[str, ConceptFields]) -> dict[str, int]:
+    """What did not have to be made, all stages."""
+    found: Counter[str] = Counter()
+    for fields in concepts.values():
+        for stage in fields.stages:
+            found.update(stage.found)
+    return dict(found)
 
 
 def _concepts(

@@ -79,7 +79,8 @@ def _concept(
     kept_shown = sorted(gallery.kept, key=lambda row: order.get(row.concept or "", 0))[:6]
     return {
         "name": name, "word": word, "tone": tone, "line": fields.verdict.line if fields.verdict else "",
-        "flags": [flag.message for flag in fields.flags], "arms": arms, "pictures": gallery.has_pictures,
+        "scope": fields.scope, "flags": [flag.message for flag in fields.flags], "arms": arms,
+        "pictures": gallery.has_pictures,
         "triad": _triad(arms), "tiles": _tiles(fields, arms), "target": [_row(r) for r in gallery.target[:6]],
         "attacks": [_attack(a, fields, gallery) for a in fields.attacks],
         "attack_caption": _attack_caption(fields),
@@ -88,7 +89,8 @@ def _concept(
         "kept_alt": _kept_alt(fields, damaged), "kept_shown": [_row(r) for r in kept_shown],
         "kept_rows": [_kept_row(fields, arms, kept) for kept in damaged],
         "numbers": _numbers(fields, arms), "single": _single(fields),
-        "stages": [{"name": s.name, "seconds": f"{s.seconds:.1f}", "peak": _bytes(s.peak_bytes), "cost": _cost(s.cost)}
+        "stages": [{"name": s.name, "seconds": f"{s.seconds:.1f}", "peak": _bytes(s.peak_bytes), "cost": _cost(s.cost),
+                    "found": _cost(s.found) if s.found else ""}
                    for s in fields.stages],
         "manifests": [_manifest(m, markup) for m in (fields.edit.manifests if fields.edit else [])],
         "protocols": sorted(fields.protocols.items()), "reasons": sorted(fields.reasons.items()),
@@ -129,7 +131,7 @@ def _row(shown: Shown) -> dict[str, Any]:
 def _triad(arms: list[str]) -> str:
     text = "Original: the model as it was. Erased: with the edit. "
     if "original" not in arms:
-        text = "There is no original model to compare with. "
+        text = "There is no original model to compare with; \u201cerased\u201d is the model as it was given. "
     if "never" in arms:
         return text + "Never: trained the same way, but without the concept."
     return text + "There is no never model (one trained without the concept)."
@@ -169,7 +171,7 @@ def _attack(attack: AttackRecord, fields: ConceptFields, gallery: Gallery) -> di
 
     cells = [cell(f"hit_{arm}") for arm in ARMS] + [cell("pre_erased"), cell("recovered")]
     reading = {"valid": "counts", "measures-nothing": "measures nothing", "void": "void",
-               "unchecked": "cannot be checked", "failed": "failed"}[attack.status]  # fmt: skip
+               "unchecked": "cannot be checked", "failed": "failed", "not-run": "not run"}[attack.status]  # fmt: skip
     if attack.teaches and attack.advantage is not None:
         reading += f"; advantage over never {_percent(attack.advantage)}"
     if attack.reason:
@@ -309,6 +311,7 @@ def _made(evidence: Evidence) -> list[tuple[str, str]]:
             ("settings", settings), ("created", evidence.created),
             ("time", f"{evidence.seconds:.0f} s" if evidence.seconds is not None else ""),
             ("rows through models", _cost(evidence.cost)),
+            ("not paid for, found ready", _cost(evidence.found) if evidence.found else ""),
             ("libraries", ", ".join(f"{k} {v}" for k, v in evidence.libraries.items())),
             ("machine", ", ".join(f"{k} {v}" for k, v in evidence.machine.items())),
             ("expunge", f"{evidence.expunge_version}, evidence schema {evidence.schema_version}")]  # fmt: skip

@@ -24,6 +24,7 @@ __all__ = [
     "EvidenceFields",
     "Flag",
     "JudgeRecord",
+    "Scope",
     "Stage",
 ]
 
@@ -142,7 +143,7 @@ class AttackRecord(Strict):
     curve: list[CurvePoint] = Field(
         default_factory=list, description="Teaching attacks along their budget, ascending."
     )
-    status: Literal["valid", "measures-nothing", "void", "unchecked", "failed"]
+    status: Literal["valid", "measures-nothing", "void", "unchecked", "failed", "not-run"]
     reason: str | None = Field(
         default=None, description="Why recovered is null or the attack is not valid."
     )
@@ -188,6 +189,10 @@ class Stage(Strict):
     seconds: float
     peak_bytes: int | None = None
     cost: dict[str, int] = Field(default_factory=dict)
+    found: dict[str, int] = Field(
+        default_factory=dict,
+        description="What earlier work had made already: outputs, and rows of attacks by component.",
+    )
     edit: str | None = Field(
         default=None,
         description="Digest of the edit, where its making is meant: one piece of work under every concept.",
@@ -228,6 +233,13 @@ class JudgeRecord(Strict):
     intervals: dict[str, Interval] = Field(default_factory=dict)
 
 
+class Scope(Strict):
+    """Where an original or a never is missing: what cannot be concluded then, and what still can."""
+
+    cannot: list[str] = Field(default_factory=list)
+    can: list[str] = Field(default_factory=list)
+
+
 class ConceptFields(Strict):
     """The evidence on one concept."""
 
@@ -255,6 +267,10 @@ class ConceptFields(Strict):
     n: dict[str, int] = Field(default_factory=dict, description="Prompts behind a field.")
     reasons: dict[str, str] = Field(default_factory=dict, description="Why a field is null.")
     flags: list[Flag] = Field(default_factory=list)
+    scope: Scope | None = Field(
+        default=None,
+        description="What cannot be said without an original or a never, and what can.",
+    )
 
     @field_validator("intervals")
     @classmethod
@@ -285,6 +301,10 @@ class EvidenceFields(ConceptFields):
     cost: dict[str, int] = Field(
         default_factory=dict,
         description="Rows by component, all stages; the making of an edit counts once.",
+    )
+    found: dict[str, int] = Field(
+        default_factory=dict,
+        description="What earlier audits had made already and this one did not pay for, all stages.",
     )
     seconds: float | None = None
     concepts: dict[str, ConceptFields]

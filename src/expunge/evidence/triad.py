@@ -21,6 +21,7 @@ from .gallery import Gallery, Shown
 from .measuring import Notes
 from .prompts import attacked
 from .schema import ARMS, ConceptFields, Models, Stage
+from .scope import scope
 from .verdict import flags, judge_flags, verdict
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ class Triad:
     def arms(self, concept: Concept, notes: Notes) -> list[Arm]:
         """The arms that can be had; the reason why one is missing goes to the notes."""
         arms = []
-        changed = bool(self.edits or len(self.model.edits) or self.model.controls)
-        if self.original is not None or changed:
+        if self.original is not None or self._changed:
             arms.append(Arm("original", self.original or self.model, lift=True))
         else:
             notes.null("models.original", "no original was given and the model has no edit to lift")
@@ -89,7 +89,10 @@ class Triad:
             f"audit of {concept.name}", sets.size * len(arms), unit="output", shown=self.progress
         ) as bar:
             for arm in arms:
-                with _stage(arm.name, arm.model, stages):
+                with (
+                    _stage(arm.name, arm.model, stages) as stage,
+                    _outputs_found(self.cache, stage),
+                ):
                     seen[arm.name] = observe(
                         arm, sets, self.judge, cache=self.cache, options=self.options, batch=self.batch,
                         shown=self.shown, clip=self.clip, progress=functools.partial(bar.advance, arm.name),
@@ -111,6 +114,7 @@ class Triad:
             *judge_flags(list(seen.values())), *calibration_flags(fields.calibration), *flags(fields, self.kind),
         ]  # fmt: skip
         fields.verdict = verdict(fields, concept.name, self.kind)
+        fields.scope = scope(fields, concept.name, self.kind, self.judge.id)
         return fields, gallery
 
     def _attack(
@@ -129,11 +133,13 @@ class Triad:
             f"attacks on {sets.concept.name}", len(self.attacks), unit="attack", shown=self.progress
         ) as bar:
             for attack in self.attacks:
-                with _stage(f"attack {attack.id}", None, stages, self.models()):
+                with _stage(f"attack {attack.id}", None, stages, self.models()) as stage:
                     done = attacking.attack_arms(
                         attack, arms, sets.concept, self.judge, self.allowance, asked,
                         reference=self._reference(), seed=self.seed, cache=self.cache,
                     )  # fmt: skip
+                    for name in done.found:
+                        _count(stage, done.attempts[name].cost)
                 record = attacking.attack_record(
                     done, self.judge, self.allowance, self.seed, notes, false, missing
                 )
@@ -145,7 +151,12 @@ class Triad:
         """The original for attacks that use it: the same object serves, they lift its edits."""
         if self.original is not None:
             return self.original
-        return self.model if self.edits or len(self.model.edits) else None
+        return self.model if self._changed else None
+
+    @property
+    def _changed(self) -> bool:
+        """Whether there is something on the model that can be lifted."""
+        return bool(self.edits or len(self.model.edits) or self.model.controls)
 
     def _measure(
         self, fields: ConceptFields, seen: dict[str, Observed], sets: PromptSets, notes: Notes
@@ -231,18 +242,39 @@ def _attack_gallery(done: attacking.Attacked, limit: int) -> list[Shown]:
 @contextlib.contextmanager
 def _stage(
     name: str, model: Model | None, stages: list[Stage], models: Sequence[Model] = ()
-) -> Iterator[None]:
+) -> Iterator[dict[str, int]]:
+    """A stage of the work; the block fills in what it found ready."""
     counted = list(models) or ([model] if model is not None else [])
     before = [m.cost.snapshot() for m in counted]
     start = time.perf_counter()
-    yield
+    found: dict[str, int] = {}
+    yield found
     cost: dict[str, int] = {}
     for m, counts in zip(counted, before, strict=True):
         for key, value in m.cost.since(counts).items():
             cost[key] = cost.get(key, 0) + value
     stages.append(
-        Stage(name=name, seconds=time.perf_counter() - start, peak_bytes=_peak(), cost=cost)
+        Stage(
+            name=name,
+            seconds=time.perf_counter() - start,
+            peak_bytes=_peak(),
+            cost=cost,
+            found=found,
+        )
     )
+
+
+@contextlib.contextmanager
+def _outputs_found(cache: OutputCache | None, stage: dict[str, int]) -> Iterator[None]:
+    before = cache.hits if cache is not None else 0
+    yield
+    if cache is not None and cache.hits > before:
+        stage["outputs"] = cache.hits - before
+
+
+def _count(stage: dict[str, int], rows: Mapping[str, int]) -> None:
+    for name, value in rows.items():
+        stage[name] = stage.get(name, 0) + value
 
 
 def _peak() -> int | None:

@@ -57,9 +57,8 @@ def flags(fields: ConceptFields, kind: str) -> list[Flag]:
     found = []
     original, erased, never = fields.models.original, fields.models.erased, fields.models.never
     if original is None:
-        found.append(("no-original", "Without the original model it cannot be concluded that anything was erased: "
-                      "the concept may never have been there, and damage to kept concepts cannot be told from a "
-                      "model that was weak before."))  # fmt: skip
+        found.append(("no-original", "There is no original to compare with: the numbers are about the model as it is, "
+                      "not about what erasing did."))  # fmt: skip
     elif original.target_hit is not None and original.target_hit < SHOWN:
         found.append(("original-lacks-concept", f"The original shows the concept in only "
                       f"{percent(original.target_hit)} "
@@ -102,8 +101,8 @@ def verdict(fields: ConceptFields, name: str, kind: str) -> Verdict:
         )
     if original is None:
         line = (
-            f"The model shows {name} in {now} of the {kind} that ask for it. "
-            "Without the original, nothing more can be concluded."
+            f"The model shows {name} in {now} of the {kind} that ask for it{_under_attack(fields)}. Without the "
+            "original it cannot be concluded that anything was erased, damaged or brought back."
         )
         return Verdict(status="inconclusive", line=line)
     before = percent(original.target_hit)
@@ -147,6 +146,15 @@ def verdict(fields: ConceptFields, name: str, kind: str) -> Verdict:
         status="recovered",
         line=f"{_capital(name)} is hidden, not gone: {start}, but the {taught} \u201c{best.id}\u201d {back}. {kept}",
     )
+
+
+def _under_attack(fields: ConceptFields) -> str:
+    """The highest rate that any attack reached."""
+    ran = [attack for attack in fields.attacks if attack.hit_erased is not None]
+    if not ran:
+        return ""
+    best = max(ran, key=lambda attack: attack.hit_erased or 0.0)
+    return f" and in {percent(best.hit_erased)} after the attack \u201c{best.id}\u201d"
 
 
 def _kept(fields: ConceptFields) -> str:

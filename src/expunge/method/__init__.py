@@ -261,6 +261,11 @@ class Attack(Method, ABC):
 
     teaches: ClassVar[bool] = False
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the attack means nothing without the original model; then it is not run where there is none."""
+        return False
+
     @abstractmethod
     def attack(
         self,

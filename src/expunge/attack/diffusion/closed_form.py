@@ -61,6 +61,11 @@ class ClosedFormAttack(Attack):
         None, "Classifier-free guidance; none: the model's own", minimum=0
     )
 
+    @property
+    def needs_reference(self) -> bool:
+        """The derived rows are what the original matrices made of the prompt."""
+        return True
+
     def attack(
         self,
         model: Any,
