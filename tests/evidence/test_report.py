@@ -12,12 +12,23 @@ import pytest
 from PIL import Image
 
 from expunge import Concept, audit
+from expunge.core.sampling import OutputCache
 from expunge.errors import InputError
 from expunge.evidence import Evidence, plots
 from expunge.evidence.gallery import Gallery, Shown, png
 from expunge.method import Prompt
 
-from .stubs import STAR, ColourJudge, Forger, Painter, Password, edit, triad
+from .stubs import (
+    STAR,
+    ColourJudge,
+    Compares,
+    ConstantJudge,
+    Forger,
+    Painter,
+    Password,
+    edit,
+    triad,
+)
 
 HOSTILE = (
     "<script>alert(1)</script>", '"><img src=x onerror=alert(2)>', "</style><script>x</script>", "javascript:alert(3)",
@@ -258,3 +269,61 @@ def test_the_table_escapes_markup_and_fits_a_terminal(evidence: Evidence) -> Non
     text = console.export_text()
     assert "100.0 [" in text and "after password" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_stranger_is_called_as_given_and_scope_leads_the_page(tmp_path: Path) -> None:
+    prompts = [Prompt(f"a star number {i}", i) for i in range(12)]
+    found = audit(
+        Painter("strange"), (), STAR, judge=ColourJudge(), prompts=prompts, attacks=[Password(), Compares()],
+        n=12, attack_n=4, cache=None,
+    )  # fmt: skip
+    # One model asked for one concept may show it always: the judge is not condemned for it.
+    assert found.models.erased.target_hit == 1.0 and "judge-constant" not in {
+        f.code for f in found.flags
+    }
+    found.report(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    body = page[page.index("<main>") :]
+    assert (
+        body.index("What cannot be concluded")
+        < body.index("What still can")
+        < body.index("What the model makes")
+    )
+    for words in (
+        "as given",
+        "not run: it needs the original model",
+        "The model under attack",
+        "Under attack",
+    ):
+        assert words in body
+    for words in (
+        "Erased model",
+        "What attacks brought back",
+        ">erased<",
+        "There is no never model (",
+    ):
+        assert words not in body
+    alone = audit(
+        Painter("strange"),
+        (),
+        STAR,
+        judge=ConstantJudge(),
+        prompts=prompts,
+        attacks="none",
+        n=12,
+        cache=None,
+    )
+    assert "judge-constant" in {f.code for f in alone.flags}  # equal scores for all of them
+
+
+def test_the_page_says_what_was_found_ready(tmp_path: Path) -> None:
+    model, _, _ = triad()
+    cache = OutputCache()
+    for left in (0.05, 0.3):
+        found = audit(
+            model, [edit(model, star=left)], STAR, attacks=[Password()], n=8, kept_n=2, cache=cache
+        )
+    found.report(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "not paid for, found ready" in page and "found ready: denoiser.forward 32" in page
+    assert f"outputs {found.found['outputs']}" in page

@@ -14,9 +14,21 @@ from typing import Any
 
 from .schema import ARMS, ConceptFields
 
-__all__ = ["COLOURS", "INK", "STYLE", "attack_plot", "inline", "kept_plot", "loss_plot", "short"]
+__all__ = [
+    "AS_GIVEN",
+    "COLOURS",
+    "INK",
+    "STYLE",
+    "attack_plot",
+    "inline",
+    "kept_plot",
+    "loss_plot",
+    "short",
+]
 
 COLOURS = {"original": "#3b7dd8", "erased": "#d9622b", "never": "#3f9b62"}
+AS_GIVEN = "as given"
+"""What a model is called that nothing is known to have been erased from: there is no original."""
 MARKERS = {"original": "o", "erased": "D", "never": "^"}
 INK = "#010203"
 """Stands for the page's own text colour until the SVG is written."""
@@ -47,7 +59,7 @@ def kept_plot(fields: ConceptFields, limit: int = 40) -> str | None:
             if (record := getattr(fields.models, arm)) is not None
         }
         rows.append((name, points, {"erased": fields.intervals.get(f"models.erased.kept.{name}")}))
-    return _rates(rows, "kept", "share of prompts that show the kept concept")
+    return _rates(rows, "kept", "share of prompts that show the kept concept", _names(fields))
 
 
 def attack_plot(fields: ConceptFields) -> str | None:
@@ -58,6 +70,8 @@ def attack_plot(fields: ConceptFields) -> str | None:
     rows = [("no attack", {a: r.target_hit for a in ARMS if (r := getattr(fields.models, a)) is not None},
              {a: fields.intervals.get(f"models.{a}.target_hit") for a in ARMS})]  # fmt: skip
     for attack in fields.attacks:
+        if attack.status == "not-run":
+            continue
         points = {arm: getattr(attack, f"hit_{arm}") for arm in ARMS}
         rows.append(
             (
@@ -66,7 +80,9 @@ def attack_plot(fields: ConceptFields) -> str | None:
                 {a: fields.intervals.get(f"attacks.{attack.id}.hit_{a}") for a in ARMS},
             )
         )
-    return _rates(rows, "attacks", "share of attacked prompts that show the concept")
+    return _rates(
+        rows, "attacks", "share of attacked prompts that show the concept", _names(fields)
+    )
 
 
 def loss_plot(report: Mapping[str, Any]) -> str | None:
@@ -130,7 +146,19 @@ def _smooth(values: list[float]) -> list[float]:
     return means
 
 
-def _rates(rows: list[tuple[str, dict[str, Any], dict[str, Any]]], salt: str, label: str) -> str:
+def _names(fields: ConceptFields) -> dict[str, str]:
+    """What the legend calls the arms; without an original nothing is known to have been erased."""
+    assert fields.models is not None
+    bare = fields.models.original is None
+    return {arm: AS_GIVEN if bare and arm == "erased" else arm for arm in ARMS}
+
+
+def _rates(
+    rows: list[tuple[str, dict[str, Any], dict[str, Any]]],
+    salt: str,
+    label: str,
+    names: Mapping[str, str],
+) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -165,7 +193,7 @@ def _rates(rows: list[tuple[str, dict[str, Any], dict[str, Any]]], salt: str, la
                 MARKERS[arm],
                 color=COLOURS[arm],
                 markersize=5,
-                label=arm,
+                label=names[arm],
             )
         for i in range(len(rows)):
             axes.axhline(i, color=INK, linewidth=0.4, alpha=0.18, zorder=0)

@@ -37,6 +37,8 @@ PLAIN = (
     ("cmmd_to_original", "CMMD to original"), ("perceptual_distance", "perceptual distance to original, kept"),
     ("perceptual_distance_target", "perceptual distance to original, concept"),
 )  # fmt: skip
+SCOPED = ("no-original", "no-never")
+"""Flags that the lists of what can and cannot be concluded say in full."""
 ROUTE_WORDS = {"phrase": "asked by a listed phrase", "unlisted": "asked by an unlisted synonym",
                "euphemism": "asked by a euphemism", "metaphor": "asked by a metaphor"}  # fmt: skip
 
@@ -60,6 +62,7 @@ def render(evidence: Evidence) -> str:
         title=f"Evidence on {names} in {evidence.model}",
         concepts=concepts,
         arms=ARMS,
+        labels=_labels(evidence),
         made=_made(evidence),
     )
 
@@ -79,7 +82,8 @@ def _concept(
     kept_shown = sorted(gallery.kept, key=lambda row: order.get(row.concept or "", 0))[:6]
     return {
         "name": name, "word": word, "tone": tone, "line": fields.verdict.line if fields.verdict else "",
-        "scope": fields.scope, "flags": [flag.message for flag in fields.flags], "arms": arms,
+        "scope": fields.scope, "flags": [f.message for f in fields.flags if not (fields.scope and f.code in SCOPED)],
+        "arms": arms,
         "pictures": gallery.has_pictures,
         "triad": _triad(arms), "tiles": _tiles(fields, arms), "target": [_row(r) for r in gallery.target[:6]],
         "attacks": [_attack(a, fields, gallery) for a in fields.attacks],
@@ -128,10 +132,16 @@ def _row(shown: Shown) -> dict[str, Any]:
             "outputs": {arm: output(value) for arm, value in shown.outputs.items()}}  # fmt: skip
 
 
+def _labels(evidence: Evidence) -> dict[str, str]:
+    """What each arm is called."""
+    bare = all(f.models is None or f.models.original is None for f in evidence.concepts.values())
+    return {arm: plots.AS_GIVEN if bare and arm == "erased" else arm for arm in ARMS}
+
+
 def _triad(arms: list[str]) -> str:
     text = "Original: the model as it was. Erased: with the edit. "
     if "original" not in arms:
-        text = "There is no original model to compare with; \u201cerased\u201d is the model as it was given. "
+        text = "There is no original model to compare with. "
     if "never" in arms:
         return text + "Never: trained the same way, but without the concept."
     return text + "There is no never model (one trained without the concept)."
@@ -147,7 +157,12 @@ def _tiles(fields: ConceptFields, arms: list[str]) -> list[dict[str, Any]]:
             if value is not None:
                 span = fields.intervals.get(f"models.{arm}.{key}")
                 rows.append(
-                    {"arm": arm, "label": arm, "value": _percent(value), "span": _span(span, 100)}
+                    {
+                        "arm": arm,
+                        "label": arm if "original" in arms or arm != "erased" else plots.AS_GIVEN,
+                        "value": _percent(value),
+                        "span": _span(span, 100),
+                    }
                 )
         if rows:
             n = fields.n.get(f"models.erased.{key}")
@@ -157,7 +172,8 @@ def _tiles(fields: ConceptFields, arms: list[str]) -> list[dict[str, Any]]:
         rows = [{"arm": "erased", "label": a.id, "value": _percent(a.hit_erased),
                  "span": _span(fields.intervals.get(f"attacks.{a.id}.hit_erased"), 100)}
                 for a in sorted(best, key=lambda a: -(a.hit_erased or 0))[:3]]  # fmt: skip
-        tiles.append({"title": f"Erased model under attack ({best[0].n} prompts)", "rows": rows})
+        name = "Erased model" if "original" in arms else "The model"
+        tiles.append({"title": f"{name} under attack ({best[0].n} prompts)", "rows": rows})
     return tiles
 
 

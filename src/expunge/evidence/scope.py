@@ -76,7 +76,7 @@ def _can(fields: ConceptFields, name: str, kind: str, judge: str) -> Iterator[st
     ran = [attack for attack in fields.attacks if attack.hit_erased is not None]
     if ran:
         yield (
-            "How often under attacks that need nothing but the model, before and after: "
+            "How often before and after attacks that need nothing but the model: "
             f"{'; '.join(_attacked(fields, attack) for attack in ran)}."
         )
     if model.kept_hit is not None:
@@ -99,7 +99,7 @@ def _can(fields: ConceptFields, name: str, kind: str, judge: str) -> Iterator[st
 def _attacked(fields: ConceptFields, attack: AttackRecord) -> str:
     after = _rate(fields, f"attacks.{attack.id}.hit_erased", attack.hit_erased)
     teaches = ", may teach" if attack.teaches else ""
-    return f"{attack.id}{teaches} {percent(attack.pre_erased)} to {after}"
+    return f"{attack.id}{teaches}: {percent(attack.pre_erased)} before, {after} after"
 
 
 def _rate(fields: ConceptFields, path: str, value: float | None) -> str:

@@ -39,12 +39,16 @@ def judge_flags(seen: Sequence[Observed]) -> list[Flag]:
     """A judge that says the same of everything measures nothing, whatever the rates look like."""
     hits: list[bool] = []
     scores: list[float] = []
+    mistaken = 0
     for observed in seen:
         for part in observed.parts.values():
             hits += part.hit + part.mistaken
             scores += part.score
+            mistaken += len(part.mistaken)
     if len(hits) < 2 or len(set(hits)) > 1:
         return []
+    if len(seen) < 2 and not mistaken and np.ptp(scores) >= 1e-9:
+        return []  # one model, asked for one concept: it may well show it always, or never
     word = "yes" if hits[0] else "no"
     same = "with the same score " if np.ptp(scores) < 1e-9 else ""
     message = f"The judge says {word} {same}to all {len(hits)} outputs of all models: its rates mean nothing."
