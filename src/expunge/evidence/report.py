@@ -291,7 +291,8 @@ def _single(fields: ConceptFields) -> list[dict[str, str]]:
     }
     for key, label in names.items():
         value = fields.composites.get(key)
-        if value is not None:
+        # Without an original the words for them would say that something was unlearned.
+        if value is not None and fields.models is not None and fields.models.original is not None:
             rows.append(_line(fields, f"composites.{key}", label, _number(value), 1))
     if fields.edit is not None:
         for key, label in (("rank", "rank of the edit"), ("relative_change", "relative change of the weights"),
