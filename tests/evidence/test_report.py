@@ -299,7 +299,8 @@ def test_a_stranger_is_called_as_given_and_scope_leads_the_page(tmp_path: Path) 
     for words in (
         "Erased model",
         "What attacks brought back",
-        ">erased<", "unlearning",
+        ">erased<",
+        "unlearning",
         "There is no never model (",
     ):
         assert words not in body

@@ -93,7 +93,7 @@ def _concept(
         "kept_alt": _kept_alt(fields, damaged), "kept_shown": [_row(r) for r in kept_shown],
         "kept_rows": [_kept_row(fields, arms, kept) for kept in damaged],
         "numbers": _numbers(fields, arms), "single": _single(fields),
-        "stages": [{"name": s.name, "seconds": f"{s.seconds:.1f}", "peak": _bytes(s.peak_bytes), "cost": _cost(s.cost),
+        "stages": [{"name": _stage(s.name, arms), "seconds": f"{s.seconds:.1f}", "peak": _bytes(s.peak_bytes), "cost": _cost(s.cost),
                     "found": _cost(s.found) if s.found else ""}
                    for s in fields.stages],
         "manifests": [_manifest(m, markup) for m in (fields.edit.manifests if fields.edit else [])],
@@ -130,6 +130,10 @@ def _row(shown: Shown) -> dict[str, Any]:
     return {"prompt": shown.prompt, "seed": shown.seed, "concept": shown.concept, "hits": shown.hits,
             "text": {arm: text for arm, text in shown.text.items() if text is not None},
             "outputs": {arm: output(value) for arm, value in shown.outputs.items()}}  # fmt: skip
+
+
+def _stage(name: str, arms: list[str]) -> str:
+    return plots.AS_GIVEN if name == "erased" and "original" not in arms else name
 
 
 def _labels(evidence: Evidence) -> dict[str, str]:
