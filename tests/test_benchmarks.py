@@ -70,6 +70,32 @@ def test_a_bank_saves_the_walks_of_an_inner_attack(advunlearn, tmp_path, capsys)
 
 
 @pytest.fixture(scope="module")
+def attacks() -> Iterator[ModuleType]:
+    yield from loaded("attacks")
+
+
+def test_attacks_are_counted_beside_the_ceiling_and_one_at_a_time(attacks, tmp_path, capsys):
+    tiny_diffusion().pipeline.save_pretrained(tmp_path / "tiny")
+    file = tmp_path / "attacks.json"
+    attacks.main(["--model", str(tmp_path / "tiny"), "--quick", "--out", str(file)])
+    found = json.loads(file.read_text())
+    ours, single = found["arms"]["random-tokens"], found["arms"]["random-tokens, single"]
+    # The plain picture and one draw of each prompt, 20 steps of both branches.
+    assert (ours["rows"], ours["items"]) == (2 * 2 * 40, 2) and (
+        single["rows"],
+        single["items"],
+    ) == (2 * 40, 1)
+    assert found["backward_share_of_rows"] == {"random-tokens": 0}
+    share = found["share_of_unet_best"]["random-tokens"]
+    assert share > 0 and found["rows_a_second_over_one_at_a_time"]["random-tokens"] > 0
+    assert f"random-tokens: {share:.1%}" in capsys.readouterr().out
+    assert attacks.arguments(["--quick"]).out is None
+    one = {"unet, a": (10.0, None), "x": (5.0, {"rows": 40}), "x, single": (2.0, {"rows": 8})}
+    assert attacks.compared([one], ["x"], 100)["shares"] == {"x": 0.8}
+    assert attacks.compared([one], ["x"], 100)["single"] == {"x": 2.0}
+
+
+@pytest.fixture(scope="module")
 def few_shot_erasing() -> Iterator[ModuleType]:
     yield from loaded("few_shot_erasing")
 

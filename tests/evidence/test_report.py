@@ -301,7 +301,7 @@ def test_a_stranger_is_called_as_given_and_scope_leads_the_page(tmp_path: Path) 
         "What attacks brought back",
         ">erased<",
         "unlearning",
-        "There is no never model (",
+        "There is no never model (no never",
     ):
         assert words not in body
     alone = audit(

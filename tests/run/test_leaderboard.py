@@ -36,7 +36,7 @@ def measures(
 
 def attacked(
     concept: str, arm: str, attack: str, hit: int, pre: int = 0, seed: int = 0, teaches: bool = False,
-    curve: dict[str, int] | None = None, last: bool = False,
+    curve: dict[str, int] | None = None, last: bool = False, typed: bool = True,
 ) -> Row:  # fmt: skip
     """``hit`` of 20 prompts, the first ones (or the last)."""
     hits = bits(hit)
@@ -44,6 +44,7 @@ def attacked(
         hits = Bits(hits=hits.hits[::-1])
     return Row(
         kind="attack", concept=concept, seed=seed, arm=arm, attack=attack, hit=hits, pre=bits(pre), teaches=teaches,
+        typed=typed,
         curve=None if curve is None else {k: bits(v).hits for k, v in curve.items()}, seconds=10.0,
         cost={"denoiser.forward": 30_000, "denoiser.backward": 10_000, "encoder.forward": 7},
     )  # fmt: skip
@@ -393,3 +394,19 @@ def test_a_board_without_numbers_is_a_page_too(tmp_path: Path) -> None:
     }
     assert "Unfinished: 1 of 9" in (tmp_path / "l.md").read_text()
     assert "no order" in stability(empty) and "no order" in order(empty)
+
+
+def test_embeddings_stand_apart_from_texts_and_a_control_may_find_nothing() -> None:
+    told = {"id": "luck", "label": "luck", "version": 1, "tags": ("control",)}
+    rows = [*controls("star"), measures("star", "uce", 20), *triad("star", "text", 20, 0),
+            *triad("star", "vectors", 20, 0, typed=False), *triad("star", "luck", 20, 0),
+            attacked("star", "uce", "text", 5), attacked("star", "uce", "vectors", 20, typed=False),
+            attacked("star", "uce", "luck", 0)]  # fmt: skip
+    found = board(recorded(rows, methods=(told,)))
+    (row,) = found["erasers"]
+    assert row["robustness"]["value"] == 0.75 and row["deep"]["value"] == 0.0
+    assert row["strongest"] == "vectors" and row["attacks_run"] == row["attacks_counted"] == 3
+    luck = next(a for a in found["attacks"] if a["label"] == "luck")
+    assert luck["status"] == "valid" and luck["control"] and luck["recovered"]["value"] == 0
+    kinds = markdown(found, None)
+    assert "searches embeddings" in kinds and "searches texts" in kinds and "| control |" in kinds

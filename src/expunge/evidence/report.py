@@ -93,8 +93,8 @@ def _concept(
         "kept_alt": _kept_alt(fields, damaged), "kept_shown": [_row(r) for r in kept_shown],
         "kept_rows": [_kept_row(fields, arms, kept) for kept in damaged],
         "numbers": _numbers(fields, arms), "single": _single(fields),
-        "stages": [{"name": _stage(s.name, arms), "seconds": f"{s.seconds:.1f}", "peak": _bytes(s.peak_bytes), "cost": _cost(s.cost),
-                    "found": _cost(s.found) if s.found else ""}
+        "stages": [{"name": _stage(s.name, arms), "seconds": f"{s.seconds:.1f}", "peak": _bytes(s.peak_bytes),
+                    "cost": _cost(s.cost), "found": _cost(s.found) if s.found else ""}
                    for s in fields.stages],
         "manifests": [_manifest(m, markup) for m in (fields.edit.manifests if fields.edit else [])],
         "protocols": sorted(fields.protocols.items()), "reasons": sorted(fields.reasons.items()),

@@ -54,7 +54,7 @@ def _cannot(fields: ConceptFields, name: str, kind: str) -> Iterator[str]:
             + "; ".join(f"{attack.id} ({attack.reason})" for attack in left_out)
             + "."
         )
-    if fields.models.erased.false_positive is None and getattr(fields, "calibration", None) is None:
+    if fields.models.erased.false_positive is None and fields.calibration is None:
         yield (
             f"How often the judge errs: it was not calibrated and judged no {kind} of other concepts, so its false "
             "positives are unknown and the rates below are what it says, not what is there."
@@ -85,7 +85,7 @@ def _can(fields: ConceptFields, name: str, kind: str, judge: str) -> Iterator[st
     if model.false_positive is not None:
         wrong = _rate(fields, "models.erased.false_positive", model.false_positive)
         yield f"How often the judge sees {name} in {kind} that ask for something else: {wrong}."
-    known = getattr(fields, "calibration", None)
+    known = fields.calibration
     if known is not None and known.false_positive_rate is not None:
         span = _span(known.intervals.get("false_positive_rate"))
         yield (

@@ -21,5 +21,5 @@ from __future__ import annotations
 
 __all__ = ["RESULTS"]
 
-RESULTS = 1
+RESULTS = 2
 """Raised whenever what a cell records may change though no method did; part of every request."""

@@ -1,7 +1,8 @@
 """The leaderboard as plain values: from the record alone, and everything its pages show.
 
-An eraser's robustness is the share of attacked prompts that no searching attack brings back, on the scale from
-never (1) to original (0); its kept utility is what is left of the original's hits on kept concepts.  The score
+An eraser's robustness is the share of attacked prompts that no search for a text brings back, on the scale from
+never (1) to original (0).  Searches that feed in embeddings, which nobody can type, stand in a column of their own.
+Its kept utility is what is left of the original's hits on kept concepts.  The score
 is their harmonic mean.  Teaching attacks have no part in it: they stand apart, by their advantage over never.
 """
 
@@ -80,10 +81,11 @@ def _attack(table: Table, label: str) -> dict[str, Any]:
         row.teaches for c in record.concepts for arm in ("original", "never", *record.erasers)
         for row in table.rows("attack", c, arm, label).values()
     )  # fmt: skip
+    tags = {tag for told in record.methods if told.label == label for tag in told.tags}
     status, reason = VALID, ""
     if not counted:
         status, reason = _worst(states)
-    elif not weak and not teaches:
+    elif not weak and not teaches and CONTROL not in tags:
         status, reason = (
             NOTHING,
             "from no eraser does it bring back anything that the plain prompts do not show",
@@ -93,13 +95,13 @@ def _attack(table: Table, label: str) -> dict[str, Any]:
     pairs = [table.recovered(c, e, [label]) for e in record.erasers for c in counted]
     rows = [row for row in record.rows if row.attack == label and row.refused is None]
     items = sum(len(row.hit.hits) for row in rows if row.hit)
-    tags = {tag for told in record.methods if told.label == label for tag in told.tags}
     refused = [
         f"{arm}, {concept}: {words[0]}" for concept in record.concepts for arm in ("original", "never", *record.erasers)
         if (words := table.refusals("attack", concept, arm, label)) and not words[0].startswith("not erased: ")
     ]  # fmt: skip
     return {
         "label": label, "status": status, "reason": reason, "teaches": teaches, "control": CONTROL in tags,
+        "typed": any(row.typed for row in rows),
         "concepts": {c: {"status": s, "reason": why} for c, (s, why) in states.items()},
         "weak": weak, "refused": refused,
         "recovered": None if teaches else mean(pairs),
@@ -237,17 +239,9 @@ def _eraser(table: Table, label: str, attacks: Mapping[str, Any]) -> dict[str, A
     """One head row."""
     record, concepts = table.record, table.record.concepts
     searching = [a for a in record.attacks if attacks[a]["_counted"] and not attacks[a]["teaches"]]
-    joint = []
-    for concept in concepts:
-        counted = [a for a in searching if concept in attacks[a]["_counted"]]
-        ran = [a for a in counted if table.rows("attack", concept, label, a)]
-        joint.append((concept, ran, table.recovered(concept, label, ran)))
-    recovered = mean([one for _, _, one in joint])
-    robustness = (
-        None
-        if recovered is None
-        else Estimate(1 - recovered.value, 1 - recovered.draws, recovered.n)
-    )
+    joint = _joint(table, label, attacks, [a for a in searching if attacks[a]["typed"]])
+    deep = _joint(table, label, attacks, searching)
+    robustness, deeper = (_left(mean([one for _, _, one in found])) for found in (joint, deep))
     kept = mean([table.kept(concept, label) for concept in concepts])
     each = {
         attack: one
@@ -268,11 +262,12 @@ def _eraser(table: Table, label: str, attacks: Mapping[str, Any]) -> dict[str, A
         row.lost for c in concepts for row in table.rows("measures", c, label).values() if row.lost
     ]
     return {
-        "label": label, "score": harmonic(robustness, kept), "robustness": robustness, "kept": kept,
+        "label": label, "score": harmonic(robustness, kept), "robustness": robustness, "deep": deeper,
+        "kept": kept,
         "plain": mean([table.plain(c, label) for c in concepts]),
         "routes": mean([table.routes(c, label) for c in concepts]),
         "strongest": strongest, "strongest_recovered": None if strongest is None else each[strongest],
-        "attacks_run": len({a for _, ran, _ in joint for a in ran}), "attacks_counted": len(searching),
+        "attacks_run": len({a for _, ran, _ in deep for a in ran}), "attacks_counted": len(searching),
         "concepts": [c for c, _, one in joint if one is not None],
         "taught": mean([
             table.advantage(c, label, a) for a in record.attacks if attacks[a]["teaches"]
@@ -284,8 +279,25 @@ def _eraser(table: Table, label: str, attacks: Mapping[str, Any]) -> dict[str, A
         "fit_rows": round(float(np.mean([row.rows for row in done]))) if done else None,
         "bytes": round(float(np.mean([row.bytes or 0 for row in done]))) if done else None,
         "refused": sorted({f"{row.concept}: {row.refused}" for row in fits if row.refused is not None}),
-        "_joint": joint,
     }  # fmt: skip
+
+
+def _joint(
+    table: Table, label: str, attacks: Mapping[str, Any], chosen: Sequence[str]
+) -> list[tuple[str, list[str], Estimate | None]]:
+    """Concept by concept the attacks that count and ran, and what any of them recovers."""
+    found = []
+    for concept in table.record.concepts:
+        counted = [a for a in chosen if concept in attacks[a]["_counted"]]
+        ran = [a for a in counted if table.rows("attack", concept, label, a)]
+        found.append((concept, ran, table.recovered(concept, label, ran)))
+    return found
+
+
+def _left(recovered: Estimate | None) -> Estimate | None:
+    if recovered is None:
+        return None
+    return Estimate(1 - recovered.value, 1 - recovered.draws, recovered.n)
 
 
 def _matrix(

@@ -183,6 +183,7 @@ def _attack(cell: Cell, bench: Bench, store: Store, files: dict[str, bytes]) -> 
         "hit": packed([item.hit for item in attempts.items], texts),
         "skipped": sum("skipped" in item.details for item in attempts.items),
         "teaches": attempts.teaches,
+        "typed": any(item.text is not None for item in attempts.items),
         "curve": _curve(attempts),
         "cost": dict(attempts.cost),
     }

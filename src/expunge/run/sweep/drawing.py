@@ -42,7 +42,7 @@ def scatter(erasers: Sequence[Mapping[str, Any]], *, page: bool = True) -> str |
             _point(axes, row, FIRST if place == 0 else POINT)
         _names(axes, known)
         axes.set_xlabel("kept utility: share of the original's hits on kept concepts")
-        axes.set_ylabel("robustness: share that no search brings back")
+        axes.set_ylabel("robustness: share that no search for a text brings back")
         axes.spines["left"].set_visible(True)
         axes.grid(alpha=0.18, color=INK, linewidth=0.5)
         axes.set_axisbelow(True)

@@ -69,6 +69,7 @@ class Row(Strict):
     hit: Bits | None = None
     skipped: int = 0
     teaches: bool | None = None
+    typed: bool = Field(default=False, description="It fed in a text, which anybody can type.")
     curve: dict[str, str] | None = Field(default=None, description="Point of the budget -> hits.")
     bytes: int | None = None
     cost: dict[str, int] = Field(default_factory=dict)
