@@ -156,7 +156,8 @@ def _spread(options: Options, plan: Plan, store: Store, jobs: int, tell: Tell) -
     return tuple(
         f"worker {number} {_end(process.returncode)}; its last words are in {logs / f'worker-{number}.txt'}"
         for number, process in running.items()
-        if process.returncode != 0
+        # One that was slow to end after the last cell is ended here, which is nothing to speak of.
+        if process.returncode not in (0, -signal.SIGTERM)
     )
 
 
