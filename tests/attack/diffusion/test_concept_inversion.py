@@ -61,8 +61,8 @@ def test_defaults_are_the_papers():
     assert method.rate == pytest.approx(0.08) and method.curve[-1] == 5000
     assert ConceptInversion(scale_lr=False).rate == 5e-3
     sld = ConceptInversion.configured("paper:sld")
-    assert (sld.batch, sld.accumulate, sld.curve[-1], sld.loss) == (1, 4, 1000, "guided")
-    assert sld.rate == pytest.approx(0.02)
+    assert (sld.guided_batch, sld.accumulate, sld.curve[-1], sld.loss) == (1, 4, 1000, "guided")
+    assert sld.rate_of("guided") == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize("kind", [("object", 27), ("style", 19), ("identity", 2), ("mark", 27)])
@@ -160,8 +160,8 @@ def test_the_loss_goes_by_what_acts_on_the_model():
     [
         ({}, 2 * 4),
         ({"negative": "star"}, 4 * (2 * 2 + 2)),
-        ({"loss": "guided", "chosen": 3, "span": 5}, 4 * (3 * 6 + 2)),
-        ({"loss": "guided", "chosen": 3, "span": 5, "graph": "last"}, 4 * (3 * 4 + 2)),
+        ({"loss": "guided", "chosen": 3, "span": 5}, 2 * (3 * 6 + 2)),
+        ({"loss": "guided", "chosen": 3, "span": 5, "graph": "last"}, 2 * (3 * 4 + 2)),
     ],
 )
 def test_an_update_costs_what_was_planned(changes, each):
@@ -189,8 +189,12 @@ def test_a_budget_cuts_the_curve_or_is_refused():
     # plain and three pictures 16, pictures of the concept 8, three updates 24
     assert list(run(model, budget=Budget("b", 48)).items[0].details["curve"]) == ["0", "1", "3"]
     assert list(run(model, budget=Budget("b", 47)).items[0].details["curve"]) == ["0", "1"]
+    # A word that learnt nothing would look like an attack that failed: 12 + 8 + 8 for one update.
+    with pytest.raises(SettingError, match="1 updates, costs 28"):
+        run(model, budget=Budget("b", 27))
+    assert run(model, budget=Budget("b", 16), word="initial").rate == 0
     with pytest.raises(SettingError, match="0 updates, costs 16"):
-        run(model, budget=Budget("b", 15))
+        run(model, budget=Budget("b", 15), word="initial")
 
 
 @pytest.mark.parametrize("name", ["world", "quick"])

@@ -75,14 +75,14 @@ class ConceptInversion(Attack):
     families: ClassVar[tuple[str, ...]] = ("diffusion",)
     teaches: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper:sld": {"loss": "guided", "batch": 1, "curve": (0, 100, 250, 500, 1000)},
+        "paper:sld": {"loss": "guided", "curve": (0, 100, 250, 500, 1000)},
         "world": {
-            "pictures": 8, "batch": 4, "accumulate": 1, "lr": 5e-3, "curve": (0, 25, 50, 100), "steps": 20,
-            "posterior": "mean",
+            "pictures": 16, "batch": 4, "accumulate": 1, "lr": 5e-3, "curve": (0, 25, 50, 100), "steps": 20,
+            "posterior": "mean", "chosen": 3, "graph": "last",
         },
         "quick": {
             "pictures": 2, "batch": 4, "accumulate": 1, "lr": 5e-3, "curve": (0, 12), "steps": 20,
-            "posterior": "mean",
+            "posterior": "mean", "chosen": 3, "graph": "last",
         },
     }  # fmt: skip
 
@@ -118,6 +118,9 @@ class ConceptInversion(Attack):
     scale_lr: bool = setting(True, "Multiply it by batch x accumulate, as was done")
     weight_decay: float = setting(1e-2, "AdamW's weight decay", minimum=0)
     batch: int = setting(4, "Pictures a pass", minimum=1)
+    guided_batch: int = setting(
+        1, "Pictures a pass of the guided loss, whose graph is long", minimum=1
+    )
     accumulate: int = setting(4, "Passes an update", minimum=1)
     flip: float = setting(0.5, "Probability that a picture is turned left to right", minimum=0, maximum=1)  # fmt: skip
     posterior: str = setting(
@@ -176,7 +179,7 @@ class ConceptInversion(Attack):
         drawn = 0 if concept.images else self.pictures * price
         each = inversion.price if self.word == "learnt" else 0
         prices = [price * (2 + i) + drawn + each * point for i, point in enumerate(points)]
-        points = affordable(self, budget, points, prices, "updates")
+        points = self._affordable(budget, points, prices)
         curve = Curve(
             model, concept, judge, prompts, of="updates", steps=self.steps, guidance=guidance,
             options={"negative": self.negative} if self.negative else {},
@@ -220,15 +223,35 @@ class ConceptInversion(Attack):
             return []
         show(0, inversion.vectors)
         word = learn_word(
-            inversion, inversion.vectors, updates=points[-1], lr=self.rate, weight_decay=self.weight_decay,
-            accumulate=self.accumulate, half=curve.model.dtype == torch.float16, after=show,
+            inversion, inversion.vectors, updates=points[-1], lr=self.rate_of(inversion.loss),
+            weight_decay=self.weight_decay, accumulate=self.accumulate, after=show,
+            half=curve.model.dtype == torch.float16,
         )  # fmt: skip
         return [round(loss, 6) for loss in word.losses]
 
     @property
     def rate(self) -> float:
-        """The learning rate that is really used."""
-        return self.lr * self.batch * self.accumulate if self.scale_lr else self.lr
+        """The learning rate that is really used for the plain and the negative loss."""
+        return self.rate_of("plain")
+
+    def batch_of(self, loss: str) -> int:
+        """Pictures a pass of a loss."""
+        return self.guided_batch if loss == "guided" else self.batch
+
+    def rate_of(self, loss: str) -> float:
+        """The learning rate that is really used for a loss."""
+        return self.lr * self.batch_of(loss) * self.accumulate if self.scale_lr else self.lr
+
+    def _affordable(
+        self, budget: Budget, points: tuple[int, ...], prices: Sequence[int]
+    ) -> tuple[int, ...]:
+        """The points that are paid for: at least one at which something was learnt, if anything is to be."""
+        first = next((i for i, point in enumerate(points) if point), 0)
+        first = first if self.word == "learnt" else 0
+        return (
+            *points[:first],
+            *affordable(self, budget, points[first:], prices[first:], "updates"),
+        )
 
     def _asked(self, curve: Curve, inversion: _Inversion) -> list[str]:
         if self.ask == "prompt":
@@ -301,7 +324,7 @@ class _Inversion:
     def __call__(self, update: int, part: int, vectors: Tensor) -> Tensor:
         """The loss of one pass, of ``batch`` pictures."""
         draw = noise_generator(self.seed, f"inversion of {self.concept.name}", f"{update}.{part}")
-        count = self.method.batch
+        count = self.method.batch_of(self.loss)
         pick = torch.randint(self.count, (count,), generator=draw)
         turned = torch.rand(count, generator=draw) < self.method.flip
         item = torch.randint(len(self.texts), (count,), generator=draw) if self.templates else pick
@@ -349,7 +372,7 @@ class _Inversion:
 
     def _price(self) -> int:
         method = self.method
-        rows = method.batch * method.accumulate
+        rows = method.batch_of(self.loss) * method.accumulate
         if self.loss == "plain":
             return 2 * rows
         chain = 1 if self.loss == "negative" else method.chosen
