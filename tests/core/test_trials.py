@@ -7,7 +7,8 @@ import pytest
 
 from expunge import Concept
 from expunge.core.prompt_search import Ledger
-from expunge.core.trials import Trials
+from expunge.core.trials import Trials, picture_rows
+from expunge.erase.diffusion.sld import SLD
 from expunge.errors import SettingError
 from expunge.method import Judge, Prompt, Verdicts
 
@@ -128,3 +129,15 @@ def test_other_seeds_of_the_plain_prompts_are_paid_for_and_count_for_nothing(mod
     assert trials.redraw([], []).tolist() == []
     assert ledger.spent.tolist() == [12, 8] and judge.asked[1] == ["a red star"] * 2 + ["star"]
     assert not any(item.hit for item in trials.attempts([{}, {}])) and trials.tried == [0, 0]
+
+
+def test_branches_that_an_edit_asks_for_are_paid_for(model):
+    prompts = [Prompt("a red star", 1)]
+    assert picture_rows(model, prompts, 2, 3.0) == 4
+    with SLD(warm_up=0).erase(model, STAR).on(model):
+        assert (
+            picture_rows(model, prompts, 2, 3.0) == 6 and picture_rows(model, prompts, 2, 1.0) == 2
+        )
+        before = model.cost.snapshot()
+        model.generate(prompts, steps=2, guidance=3.0)
+        assert model.cost.since(before)["denoiser.forward"] == 6

@@ -93,12 +93,10 @@ class Targets:
     Attributes:
         origin: ``files``, ``original`` or ``world``.
         found: A picture for each item, with masks where they are known.
-        rows: Denoiser rows of an item that drawing them took.
     """
 
     origin: str
     found: Pictures
-    rows: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,14 +154,17 @@ class Redrawing(Attack):
         price = picture_rows(model, prompts, self.steps, guidance)
         strengths = sorted(set(self.strengths))
         each = {s: walked_rows(model, s, self.steps, price) for s in strengths}
-        drawn = price * (self._origin(original, concept) == "original")
+        drawn = 0
+        if self._origin(original, concept) == "original":
+            with original.lifted() as bare:
+                drawn = picture_rows(bare, prompts, self.steps, guidance)
         prices = [price + drawn + sum(list(each.values())[: i + 1]) for i in range(len(each))]
         strengths = list(affordable(self, budget, strengths, prices, "strengths"))
         curve = Curve(
             model, concept, judge, prompts, of="strength", steps=self.steps, guidance=self.guidance
         )
         targets = self._targets(original, concept, curve, seed)
-        curve.spent += targets.rows
+        curve.spent += drawn
         shown = judge.judge(targets.found.pictures, concept, curve.prompts)
         with torch.no_grad():
             latents = model.latents_of(targets.found.pictures)
@@ -205,7 +206,7 @@ class Redrawing(Attack):
             asked = curve.prompts
             if other is not None:
                 asked = [said_of_another(prompt, concept, other) for prompt in asked]
-            return Targets(origin, drawn_of(original, asked, **options), curve.price)
+            return Targets(origin, drawn_of(original, asked, **options))
         if origin == "files":
             found = concept_pictures(original, concept, count, seed=seed, **options)[1]
         else:
@@ -217,4 +218,4 @@ class Redrawing(Attack):
         turn = [i % len(found.pictures) for i in range(count)]
         masks = None if found.masks is None else np.asarray(found.masks)[turn]
         captions = tuple(found.captions[i] for i in turn)
-        return Targets(origin, Pictures(found.pictures[turn], masks, captions), 0)
+        return Targets(origin, Pictures(found.pictures[turn], masks, captions))

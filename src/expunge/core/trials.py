@@ -19,6 +19,7 @@ from ..concept import Concept
 from ..errors import PromptError, SettingError
 from ..method import Attack, Attempt, Attempts, Budget, Judge, Prompt
 from ..models.types import Condition
+from .guided_steps import GuidedSteps
 from .prompt_search import Ledger
 from .sampling import SEED_STEP, SHARED, outputs
 
@@ -33,9 +34,16 @@ def shot(prompt: Prompt, number: int) -> Prompt:
 
 
 def picture_rows(model: Any, prompts: Sequence[Prompt], steps: int, guidance: float) -> int:
-    """Denoiser rows of one picture of the prompts: of two branches if any of them is guided by one."""
+    """Denoiser rows of one picture of the prompts: of two branches if any of them is guided by one.
+
+    Branches that controls on the model ask for count as well, at every step.
+    """
     one = not model.two_branches or all(prompt.guided(guidance) == 1.0 for prompt in prompts)
-    return len(model.timesteps(steps)) * (1 if one else 2)
+    rows = 1 if one else 2
+    if not one and any("branches" in control.hooks() for control in model.acting):
+        strongest = max(prompt.guided(guidance) for prompt in prompts)
+        rows = GuidedSteps(model, guidance=strongest, steps=steps).branches()
+    return len(model.timesteps(steps)) * rows
 
 
 class Trials:

@@ -175,10 +175,10 @@ def test_an_update_costs_what_was_planned(changes, each):
         with acting.on(model):
             made = run(model, reference=other, **changes)
     # SLD asks for its branch in every pass: three rows a picture in sampling, too.
-    price, shown = 4, 4 if acting is None else 6
+    shown = 4 if acting is None else 6
     details = made.items[0].details
-    assert details["shared_rows"] == 2 * price + 3 * each
-    assert details["rows"] == details["shared_rows"] + 4 * price
+    assert details["shared_rows"] == 2 * 4 + 3 * each
+    assert details["rows"] == details["shared_rows"] + 4 * shown
     spent = made.cost["denoiser.forward"] + made.cost["denoiser.backward"]
     assert spent == details["shared_rows"] + len(PROMPTS) * 4 * shown
     assert list(details["curve"]) == ["0", "1", "3"] and len(details["losses"]) == 3

@@ -144,12 +144,12 @@ def test_what_of_the_concepts_place_is_drawn_anew():
 def test_a_latent_stays_only_if_all_its_pixels_do_and_stays_bit_for_bit():
     model = with_world(tiny_diffusion())
     found = model.companions.pictures("star", 2, split="development")
-    kept, more = Inpainting(keep=0.0).kept(model, Targets("world", found, 0))
+    kept, more = Inpainting(keep=0.0).kept(model, Targets("world", found))
     assert kept.shape == (2, 1, 8, 8) and more == {"masks": "exact", "keep": 0.0}
     pixels = found.masks[0].reshape(8, 2, 8, 2).any((1, 3))
     assert torch.equal(kept[0, 0] == 0, torch.from_numpy(pixels))
     kept, more = Inpainting(keep=0.0, box=0.5).kept(
-        model, Targets("original", found._replace(masks=None), 0)
+        model, Targets("original", found._replace(masks=None))
     )
     assert more["masks"] == "box" and (kept[0, 0] == 0).sum() == 16 and not kept[0, 0, 2:6, 2:6].any()  # fmt: skip
 

@@ -176,7 +176,9 @@ class ConceptInversion(Attack):
         inversion = _Inversion(self, model, concept, guidance, seed)
         points = tuple(sorted(set(self.curve))) if self.curve else ()
         price = picture_rows(model, prompts, self.steps, guidance)
-        drawn = 0 if concept.images else self.pictures * price
+        with original.lifted() as bare:
+            drawn = self.pictures * picture_rows(bare, prompts, self.steps, guidance)
+        drawn = 0 if concept.images else drawn
         each = inversion.price if self.word == "learnt" else 0
         prices = [price * (2 + i) + drawn + each * point for i, point in enumerate(points)]
         points = self._affordable(budget, points, prices)

@@ -101,7 +101,9 @@ class RelearningPictures(Attack):
         guidance = model.guidance if self.guidance is None else self.guidance
         names = self._names(original, concept)
         price = picture_rows(model, prompts, self.steps, guidance)
-        drawn = price * sum(self._drawn(original, concept, names).values())
+        with original.lifted() as bare:
+            drawn = picture_rows(bare, prompts, self.steps, guidance)
+        drawn *= sum(self._drawn(original, concept, names).values())
         points = tuple(sorted(set(self.curve)))
         prices = [
             price * (2 + i) + drawn + 2 * self.batch * steps for i, steps in enumerate(points)
