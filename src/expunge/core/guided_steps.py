@@ -15,10 +15,46 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import MissingCapability, SettingError
+from ..method import Method
 from ..models.diffusion import DiffusionModel
 from ..models.types import Condition, Context, Prediction
 
-__all__ = ["GuidedSteps"]
+__all__ = ["GuidedSteps", "defence_of", "needs_branches"]
+
+
+def defence_of(model: DiffusionModel, negative: str = "") -> str:
+    """What defends a model while it samples: ``guided``, ``negative`` or ``plain`` (its weights alone, or its layers).
+
+    Args:
+        model: As it is now.
+        negative: Text of the unconditional branch.
+    """
+    hooks = [control.hooks() for control in model.acting]
+    if any(own & {"branches", "prediction"} for own in hooks):
+        return "guided"
+    # A control that changes conditions alone writes into the other branch of guidance; gates read layers as well.
+    writes = any("condition" in own and "activations" not in own for own in hooks)
+    return "negative" if negative or writes else "plain"
+
+
+def needs_branches(method: Method, model: DiffusionModel, guidance: float, loss: str) -> None:
+    """Refuse a loss of guided predictions where there is one branch only; ``plain`` is no such loss.
+
+    Raises:
+        MissingCapability: The model never has two.
+        SettingError: At guidance 1 it has one.
+    """
+    if loss != "plain" and not model.two_branches:
+        raise MissingCapability(
+            f"{model.name}: the loss {loss!r} compares guided predictions, and {model.layout.title} has one branch "
+            "only; allowed is loss='plain'"
+        )
+    if loss != "plain" and guidance == 1:
+        raise SettingError(
+            f"{method.id}: at guidance 1 a model has one branch only, so there is nothing for the loss {loss!r}; "
+            "allowed is loss='plain' or another guidance"
+        )
 
 
 class GuidedSteps:

@@ -48,10 +48,11 @@ class RelearningPictures(Attack):
     families: ClassVar[tuple[str, ...]] = ("diffusion",)
     teaches: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # 40 plain + 5 x 40 + 50 x 16 x 2 = 1,840 denoiser rows an item; the world renders the pictures.
-        "world": {"lr": 1e-4, "curve": (2, 5, 10, 20, 50), "steps": 20},
+        # 40 plain + 5 x 40 + 50 x 16 x 2 = 1,840 denoiser rows an item; the world renders the pictures.  Chosen on 8
+        # development prompts of star on ESD: 2 of 8 at best with this rate, 1 with a fifth of it.
+        "world": {"lr": 5e-4, "curve": (2, 5, 10, 20, 50), "steps": 20},
         # 40 + 2 x 40 + 8 x 16 x 2 = 376.
-        "quick": {"lr": 1e-4, "curve": (2, 8), "steps": 20},
+        "quick": {"lr": 5e-4, "curve": (2, 8), "steps": 20},
     }
 
     data: str = setting(
