@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 import pytest
 
+from expunge import catalogue
+from expunge.concept import Concept
 from expunge.errors import ProtocolError, SettingError
 from expunge.method import Budget, Control, Measurement, Method, budget, setting
 
@@ -83,3 +85,28 @@ def test_budgets_measurements_and_controls():
             return logits
 
     assert Logits.hooks() == {"logits"} and Control.hooks() == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("id", "settings", "alone", "with_pictures"),
+    [
+        ("closed-form", {}, True, True),
+        ("p4d", {}, True, True),
+        ("transfer", {}, True, True),
+        ("transfer", {"origin": "uce"}, True, True),
+        ("transfer", {"texts": ("a shape with five points",)}, False, False),
+        ("transfer", {"origin": "some/model"}, False, False),
+        ("concept-inversion", {}, True, False),
+        ("img2img", {}, True, False),
+        ("img2img", {"shows": "other"}, True, True),
+        ("inpainting", {"target": "world"}, False, False),
+        ("relearning-pictures", {}, False, False),
+        ("relearning-pictures", {"data": "concept"}, True, False),
+        ("random-tokens", {}, False, False),
+    ],
+)
+def test_attacks_that_mean_nothing_without_the_original_say_so(id, settings, alone, with_pictures):
+    attack = catalogue.resolve(id)(**settings)
+    star = Concept("star")
+    assert attack.needs_reference(star) is alone
+    assert attack.needs_reference(dataclasses.replace(star, images=("star.png",))) is with_pictures

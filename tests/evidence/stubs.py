@@ -182,8 +182,7 @@ class Compares(Password):
 
     id: ClassVar[str] = "compares"
 
-    @property
-    def needs_reference(self) -> bool:
+    def needs_reference(self, concept: Concept) -> bool:
         return True
 
     def attack(self, *arguments: Any, reference: Any = None, **options: Any) -> Attempts:

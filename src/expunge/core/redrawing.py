@@ -127,6 +127,11 @@ class Redrawing(Attack):
         """Where targets are looked for under ``auto``, first come first."""
         return ("files", "original")
 
+    def needs_reference(self, concept: Concept) -> bool:
+        """The original draws the targets, where they are no files and not the world's."""
+        files = bool(concept.images) and self.shows == "concept"
+        return self.target == "original" or (self.target == "auto" and not files)
+
     def kept(self, model: Any, targets: Targets) -> tuple[Tensor | None, Mapping[str, Any]]:
         """What of the latents stays, ``(n, 1, height, width)``, and what is to be recorded of it."""
         return None, {}

@@ -110,7 +110,7 @@ def attack_arms(
     attack that needs it is not run.
     """
     done = Attacked(attack, {}, {}, {})
-    if reference is None and attack.needs_reference:
+    if reference is None and attack.needs_reference(concept):
         done.left_out = "it needs the original model, and there is none"
         return done
     for arm in arms:

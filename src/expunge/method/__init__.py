@@ -261,9 +261,11 @@ class Attack(Method, ABC):
 
     teaches: ClassVar[bool] = False
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the attack means nothing without the original model; then it is not run where there is none."""
+    def needs_reference(self, concept: Concept) -> bool:
+        """Whether the attack means nothing without the original model; then it is not run where there is none.
+
+        It may depend on what is known of the concept: whose pictures are given needs nobody to draw them.
+        """
         return False
 
     @abstractmethod

@@ -61,8 +61,7 @@ class ClosedFormAttack(Attack):
         None, "Classifier-free guidance; none: the model's own", minimum=0
     )
 
-    @property
-    def needs_reference(self) -> bool:
+    def needs_reference(self, concept: Concept) -> bool:
         """The derived rows are what the original matrices made of the prompt."""
         return True
 

@@ -149,6 +149,10 @@ class ConceptInversion(Attack):
         None, "Classifier-free guidance; none: the model's own", minimum=0
     )
 
+    def needs_reference(self, concept: Concept) -> bool:
+        """The original draws the pictures where none are given."""
+        return not concept.images
+
     def attack(
         self,
         model: Any,

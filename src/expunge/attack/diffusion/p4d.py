@@ -154,6 +154,10 @@ class P4D(Attack):
     )
     batch: int = setting(8, "Prompts in lock step; halve it when memory runs out", minimum=1)
 
+    def needs_reference(self, concept: Concept) -> bool:
+        """What is searched for is the unrestricted model's prediction."""
+        return True
+
     @property
     def forms(self) -> tuple[str, ...]:
         """The parametrisations that are searched, one after the other."""

@@ -76,6 +76,10 @@ class RelearningPictures(Attack):
         None, "Classifier-free guidance; none: the model's own", minimum=0
     )
 
+    def needs_reference(self, concept: Concept) -> bool:
+        """Pictures of the concept itself are the original's, where no files are given."""
+        return self.data == "concept" and not concept.images
+
     def attack(
         self,
         model: Any,

@@ -92,6 +92,10 @@ class Transfer(Attack):
             )
         return cls.configured(preset, texts=tuple(entries), **settings)
 
+    def needs_reference(self, concept: Concept) -> bool:
+        """Texts are searched on the original, or on an edit of it, unless they or another model are given."""
+        return not (self.texts or self.file) and self._on_original
+
     def attack(
         self,
         model: Any,
@@ -222,6 +226,12 @@ class Transfer(Attack):
                 yield original
         else:
             yield load(self.origin).beside(original)
+
+    @property
+    def _on_original(self) -> bool:
+        """Whether the model that texts are searched on is the original, as it is or edited."""
+        named = self.origin == "original" or self.origin.endswith(".safetensors")
+        return named or self._eraser() is not None
 
     def _eraser(self) -> type[Eraser] | None:
         ids = [system.id for system in catalogue.implemented("erase", "diffusion")]
