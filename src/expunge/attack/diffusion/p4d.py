@@ -107,9 +107,9 @@ class P4D(Attack):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # 3 plain and 3 target pictures of 40 rows, 64 draws, 2 x (250 updates + 5 looks + 2 more pictures): 1,864 rows.
         "world": {"updates": 250, "bank": 64, "steps": 20, "batch": 64},
-        # 400 rows pay one picture where the paper looks at three, and N alone.
+        # 400 rows pay one picture where the paper looks at three, and one form: K, which won more development prompts.
         "quick": {
-            "form": "n", "updates": 60, "every": 30, "bank": 16, "pictures": 1, "steps": 20, "batch": 64,
+            "form": "k", "updates": 100, "bank": 16, "pictures": 1, "steps": 20, "batch": 64,
         },
     }  # fmt: skip
 
