@@ -17,8 +17,10 @@ from torch import Tensor
 
 from ..models.base import noise_generator
 from ..models.types import Condition
+from .adversarial_prompts import Spliced
+from .guided_prediction import GuidedPrediction
 
-__all__ = ["TargetBank"]
+__all__ = ["PredictionMatch", "TargetBank"]
 
 
 class TargetBank:
@@ -97,3 +99,41 @@ class TargetBank:
         weight = self.guidance.to(noised).reshape(-1, 1, 1, 1)
         guided = made.select(slice(count, None)).guided(made.select(slice(count)), weight)
         return noised, noise, guided.epsilon(noised)
+
+
+class PredictionMatch:
+    """``|| eps*(x_t, c(p)) - target ||^2`` averaged over the picture, at the bank's draw of the present step.
+
+    Attributes:
+        step: The search's step; the same draw serves all items.
+    """
+
+    def __init__(
+        self, model: Any, spliced: Spliced, bank: TargetBank, own: Sequence[int],
+        guided: GuidedPrediction | None = None, noise: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.spliced, self.bank = model, spliced, bank
+        self.guided, self.noise = guided, noise
+        self.own, self.step = torch.tensor(list(own)), 0
+        self._drawn: tuple[int, Any] = (-1, None)
+
+    def draw(self) -> Any:
+        """``(t, x_t, noise, target)`` of the step."""
+        if self._drawn[0] != self.step:
+            self._drawn = (self.step, self.bank.draw(self.step))
+        return self._drawn[1]
+
+    def __call__(self, vectors: Tensor, item: Tensor) -> Tensor:
+        """Losses ``(B,)`` of searched vectors ``(B, n, d)``."""
+        time, noised, noise, target = self.draw()
+        rows = self.own[item.cpu()].to(noised.device)
+        points, condition = noised[rows], self.spliced.encode(vectors, item)
+        wanted = (noise if self.noise else target)[rows]
+        if self.guided is None:
+            times = torch.full((len(rows),), time, device=points.device)
+            made = self.model.predict(points, times, condition)
+        elif self.noise:
+            made = self.guided.effective(points, time, condition, rows.cpu())
+        else:
+            made, _ = self.guided.guided(points, time, condition, rows.cpu())
+        return (made.epsilon(points) - wanted).float().square().flatten(1).mean(1)

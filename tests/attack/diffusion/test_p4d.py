@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from expunge import Concept
-from expunge.attack.diffusion.p4d import P4D, PredictionMatch
+from expunge.attack.diffusion.p4d import P4D
 from expunge.core.adversarial_prompts import Forbidden, Spliced
 from expunge.core.ideal_set import ideal_rate, ideal_set
 from expunge.core.negative_text import NegativeText
 from expunge.core.sampling import SHARED
-from expunge.core.target_bank import TargetBank
+from expunge.core.target_bank import PredictionMatch, TargetBank
 from expunge.core.trials import shot
 from expunge.erase.diffusion.sld import SLD
 from expunge.errors import MissingCapability, PromptError, SettingError

@@ -46,53 +46,15 @@ from ...core.adversarial_prompts import Forbidden, Spliced, by_count, interleave
 from ...core.guided_prediction import GuidedPrediction, acts_on_guidance
 from ...core.ideal_set import ideal_rate, shots_of
 from ...core.prompt_search import Ledger, Pez, Problem
-from ...core.target_bank import TargetBank
+from ...core.target_bank import PredictionMatch, TargetBank
 from ...core.trials import Meter, Trials, assembled, in_batches, item_keys
 from ...core.vision import Embed, picture_encoder
 from ...errors import MissingCapability, PromptError
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 
-__all__ = ["P4D", "PredictionMatch"]
+__all__ = ["P4D"]
 
 PLACES = {"n": "replace", "k": "third"}
-
-
-class PredictionMatch:
-    """``|| eps*(x_t, c(p)) - target ||^2`` averaged over the picture, at the bank's draw of the present step.
-
-    Attributes:
-        step: The search's step; the same draw serves all items.
-    """
-
-    def __init__(
-        self, model: Any, spliced: Spliced, bank: TargetBank, own: Sequence[int],
-        guided: GuidedPrediction | None = None, noise: bool = False,
-    ) -> None:  # fmt: skip
-        self.model, self.spliced, self.bank = model, spliced, bank
-        self.guided, self.noise = guided, noise
-        self.own, self.step = torch.tensor(list(own)), 0
-        self._drawn: tuple[int, Any] = (-1, None)
-
-    def draw(self) -> Any:
-        """``(t, x_t, noise, target)`` of the step."""
-        if self._drawn[0] != self.step:
-            self._drawn = (self.step, self.bank.draw(self.step))
-        return self._drawn[1]
-
-    def __call__(self, vectors: Tensor, item: Tensor) -> Tensor:
-        """Losses ``(B,)`` of searched vectors ``(B, n, d)``."""
-        time, noised, noise, target = self.draw()
-        rows = self.own[item.cpu()].to(noised.device)
-        points, condition = noised[rows], self.spliced.encode(vectors, item)
-        wanted = (noise if self.noise else target)[rows]
-        if self.guided is None:
-            times = torch.full((len(rows),), time, device=points.device)
-            made = self.model.predict(points, times, condition)
-        elif self.noise:
-            made = self.guided.effective(points, time, condition, rows.cpu())
-        else:
-            made, _ = self.guided.guided(points, time, condition, rows.cpu())
-        return (made.epsilon(points) - wanted).float().square().flatten(1).mean(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +70,7 @@ class P4D(Attack):
         # 3 plain and 3 target pictures of 40 rows, 64 draws, 2 x (250 updates + 5 looks + 2 more pictures): 1,864 rows.
         "world": {"updates": 250, "bank": 64, "steps": 20, "batch": 64},
         # 400 rows pay one picture where the paper looks at three, and one form: K, which won more development prompts.
-        "quick": {
-            "form": "k", "updates": 100, "bank": 16, "pictures": 1, "steps": 20, "batch": 64,
-        },
+        "quick": {"form": "k", "updates": 100, "bank": 16, "pictures": 1, "steps": 20, "batch": 64},
     }  # fmt: skip
 
     form: str = setting(
@@ -291,7 +251,7 @@ class _Search:
         updates = method.plan(trials.ledger.limit, trials.price, *rows)
         weights = torch.tensor([p.guided(trials.options["guidance"]) for p in self.prompts])
         targets = self._targets()
-        self.wanted = self._embedded(targets)
+        self.wanted = _embedded(self.embed, targets)
         official = method.compat == "official"
         shown = targets.astype(np.float32) / 2 + 127.5 if official else targets
         with self.original.lifted():
@@ -325,10 +285,6 @@ class _Search:
         for i, own in zip(self.rest, hits, strict=True):
             self.details[i] |= {"original_hits": own.tolist(), "ideal": bool(own.any())}
         return made[np.arange(len(made)), scores.argmax(1)]
-
-    def _embedded(self, pictures: Any) -> Tensor | None:
-        found = None if self.embed is None else self.embed(pictures).float().cpu()
-        return None if found is None else functional.normalize(found, dim=-1)
 
     def _form(self, form: str, count: int, own: list[int], updates: int, weights: Tensor) -> None:
         """Search one form for items (positions in ``rest``) of ``count`` searched tokens, and try what was found."""
@@ -393,7 +349,7 @@ class _Search:
         trials = self.trials
         asked = [item[k] for k in usable]
         made = trials.look(asked, texts, [number] * len(texts))
-        seen = self._embedded(made)
+        seen = _embedded(self.embed, made)
         if seen is None or self.wanted is None:
             prompts = [trials.prompts[i] for i in asked]
             likeness = list(map(float, trials.judge.judge(made, trials.concept, prompts).score))
@@ -402,3 +358,7 @@ class _Search:
         for k, text, value in zip(usable, texts, likeness, strict=True):
             if k not in best or value > best[k][0]:
                 best[k] = (value, text)
+
+
+def _embedded(embed: Embed | None, pictures: Any) -> Tensor | None:
+    return None if embed is None else functional.normalize(embed(pictures).float().cpu(), dim=-1)
