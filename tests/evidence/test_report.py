@@ -16,6 +16,7 @@ from expunge.core.sampling import OutputCache
 from expunge.errors import InputError
 from expunge.evidence import Evidence, plots
 from expunge.evidence.gallery import Gallery, Shown, png
+from expunge.evidence.schema import CurvePoint
 from expunge.method import Prompt
 
 from .stubs import (
@@ -133,6 +134,22 @@ def test_a_trained_edit_shows_its_losses(tmp_path: Path) -> None:
     assert shown is not None and "denoiser" in shown and "discriminator" in shown
     assert plots.loss_plot({"losses": {"denoiser": [1.0]}}) is None  # one step is no curve
     assert "Training of" not in trained({}).report(tmp_path / "s.html").read_text(encoding="utf-8")
+
+
+def test_an_attack_that_teaches_is_drawn_along_its_budget(tmp_path: Path) -> None:
+    model, change, _ = triad()
+    found = audit(model, [change], STAR, attacks=[Password()], n=2, kept_n=1, cache=None)
+    (attack,) = found.concepts["star"].attacks
+    assert plots.curve_plot(found.concepts["star"]) is None
+    attack.curve_of = HOSTILE[0]
+    attack.curve = [
+        CurvePoint(at=at, hit_erased=hit, hit_never=0.0) for at, hit in ((2, 0.0), (8, 0.5))
+    ]
+    text = found.report(tmp_path / "r.html").read_text(encoding="utf-8")
+    assert_inert(Page(text))
+    assert "Along the budget" in text and "password: 0.0 % at 2, 50.0 % at 8" in text
+    drawn = plots.curve_plot(found.concepts["star"])
+    assert drawn is not None and "erased" in drawn and "original" not in drawn
 
 
 def test_what_acts_and_new_tokens_are_shown_and_do_nothing(tmp_path: Path) -> None:

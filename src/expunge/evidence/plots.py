@@ -20,6 +20,7 @@ __all__ = [
     "INK",
     "STYLE",
     "attack_plot",
+    "curve_plot",
     "inline",
     "kept_plot",
     "loss_plot",
@@ -85,6 +86,43 @@ def attack_plot(fields: ConceptFields) -> str | None:
     )
 
 
+def curve_plot(fields: ConceptFields) -> str | None:
+    """Hit rates of the arms along the budget of each attack that keeps a curve; ``None`` where none does."""
+    kept = [attack for attack in fields.attacks if len(attack.curve) > 1]
+    if not kept:
+        return None
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    names = _names(fields)
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "curves"}):
+        figure = Figure(figsize=(4.9, 0.5 + 1.35 * len(kept)), layout="constrained")
+        FigureCanvasSVG(figure)
+        for axes, attack in zip(figure.subplots(len(kept), squeeze=False)[:, 0], kept, strict=True):
+            for arm in ARMS:
+                points = [
+                    (point.at, rate)
+                    for point in attack.curve
+                    if (rate := getattr(point, f"hit_{arm}")) is not None
+                ]
+                if points:
+                    axes.plot(
+                        *zip(*points, strict=True), marker=MARKERS[arm], color=COLOURS[arm], markersize=4.5,
+                        linewidth=1.4, label=names[arm],
+                    )  # fmt: skip
+            axes.set_title(short(attack.id), loc="left", fontsize=9).set_parse_math(False)
+            axes.set_xlabel(short(attack.curve_of or "budget")).set_parse_math(False)
+            axes.set_ylim(-0.05, 1.05)
+            axes.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
+            axes.grid(axis="y", color=INK, linewidth=0.4, alpha=0.18)
+        figure.legend(
+            *axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False,
+            handletextpad=0.3, columnspacing=1.2,
+        )  # fmt: skip
+        return _written(figure)
+
+
 def loss_plot(report: Mapping[str, Any]) -> str | None:
     """The losses of a training, group by group, as an edit's manifest reports them; ``None`` without any.
 
@@ -116,9 +154,7 @@ def loss_plot(report: Mapping[str, Any]) -> str | None:
                 axes.set_yscale("log")
             axes.spines["left"].set_visible(True)
         axes.set_xlabel("step")
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return inline(stream.getvalue())
+        return _written(figure)
 
 
 def _losses(found: Any, most: int = 4) -> dict[str, list[tuple[int, float]]]:
@@ -211,8 +247,12 @@ def _rates(
         figure.legend(
             loc="outside upper center", ncols=3, frameon=False, handletextpad=0.3, columnspacing=1.2
         )
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+        return _written(figure)
+
+
+def _written(figure: Any) -> str:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     return inline(stream.getvalue())
 
 

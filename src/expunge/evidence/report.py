@@ -75,6 +75,7 @@ def _concept(
     arms = [arm for arm in ARMS if getattr(fields.models, arm) is not None]
     word, tone = WORDS[fields.verdict.status] if fields.verdict else ("", "")
     attack_plot, kept_plot = plots.attack_plot(fields), plots.kept_plot(fields)
+    curve_plot = plots.curve_plot(fields)
     damaged = sorted(
         fields.models.erased.kept, key=lambda n: fields.differences.get(f"kept.{n}") or 0.0
     )
@@ -89,6 +90,7 @@ def _concept(
         "attacks": [_attack(a, fields, gallery) for a in fields.attacks],
         "attack_caption": _attack_caption(fields),
         "attack_plot": markup(attack_plot) if attack_plot else None,
+        "curve_plot": markup(curve_plot) if curve_plot else None, "curve_alt": _curve_alt(fields),
         "attack_alt": _attack_alt(fields), "kept_plot": markup(kept_plot) if kept_plot else None,
         "kept_alt": _kept_alt(fields, damaged), "kept_shown": [_row(r) for r in kept_shown],
         "kept_rows": [_kept_row(fields, arms, kept) for kept in damaged],
@@ -221,6 +223,15 @@ def _attack_alt(fields: ConceptFields) -> str:
         for a in fields.attacks
     ]
     return "Share of attacked prompts that show the concept. " + "; ".join(parts)
+
+
+def _curve_alt(fields: ConceptFields) -> str:
+    parts = [
+        f"{a.id}: " + ", ".join(f"{_percent(p.hit_erased)} at {p.at:g}" for p in a.curve)
+        for a in fields.attacks
+        if len(a.curve) > 1
+    ]
+    return "The erased model along the budget. " + "; ".join(parts)
 
 
 def _kept_alt(fields: ConceptFields, damaged: list[str]) -> str:
