@@ -147,7 +147,7 @@ def test_an_attack_that_teaches_is_drawn_along_its_budget(tmp_path: Path) -> Non
     ]
     text = found.report(tmp_path / "r.html").read_text(encoding="utf-8")
     assert_inert(Page(text))
-    assert "Along the budget" in text and "password: 0.0 % at 2, 50.0 % at 8" in text
+    assert "Along the budget" in text and "password: 0.0\u00a0% at 2, 50.0\u00a0% at 8" in text
     drawn = plots.curve_plot(found.concepts["star"])
     assert drawn is not None and "erased" in drawn and "original" not in drawn
 
