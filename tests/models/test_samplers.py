@@ -55,7 +55,7 @@ def test_the_noise_of_the_steps_is_the_seeds(name):
     condition, noise = model.encode(["a star"] * 2), model.initial_noise([1, 1])
     same = model.sample(condition, [1, 1])
     torch.testing.assert_close(same[0], same[1], atol=1e-4, rtol=1e-4)
-    model.initial_noise = lambda seeds: noise  # control: another seed, the same first noise
+    model.initial_noise = lambda seeds, *more: noise  # control: another seed, the same first noise
     other = model.sample(condition, [1, 2])
     assert (other[0] - other[1]).abs().max() > 1e-2
 

@@ -110,6 +110,10 @@ class Trials:
         ]
         self._looked: list[dict[tuple[str, int], Any]] = [{} for _ in self.prompts]
 
+    def price_on(self, model: Any) -> int:
+        """What a picture of the same prompts costs on another model, as it is now; no controls may act there."""
+        return picture_rows(model, self.prompts, self.options["steps"], self.options["guidance"])
+
     @property
     def open(self) -> Tensor:
         """bool ``(n,)``: still to be attacked: the concept was not shown yet, and nothing stands against it."""

@@ -281,7 +281,7 @@ class _Search:
             made, hits, scores = shots_of(
                 self.original, trials.concept, trials.judge, self.prompts, self.method.pictures, trials.options
             )  # fmt: skip
-        trials.ledger.spend(self.rest, trials.price * self.method.pictures)
+            trials.ledger.spend(self.rest, trials.price_on(self.original) * self.method.pictures)
         for i, own in zip(self.rest, hits, strict=True):
             self.details[i] |= {"original_hits": own.tolist(), "ideal": bool(own.any())}
         return made[np.arange(len(made)), scores.argmax(1)]

@@ -310,7 +310,7 @@ class UnlearnDiffAtk(Attack):
         with original.lifted():
             targets = outputs(original, prompts, cache=SHARED, **trials.options)
             latents = original.latents_of(targets).to(model.device, model.dtype)
-        trials.ledger.spend(rest, trials.price)
+            trials.ledger.spend(rest, trials.price_on(original))
         return latents
 
 
