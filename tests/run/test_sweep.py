@@ -528,6 +528,9 @@ def test_the_command_sweeps_resumes_records_and_makes_pages(
     }
     assert "stub-forgetter" in texts["md"] and json.loads(texts["json"])["finished"] == 36
     assert record.read(kept).cells == 36
+    elsewhere = [tmp_path / "elsewhere" if part == tmp_path / "out" else part for part in small]
+    status, out, _ = run(capsys, monkeypatch, *elsewhere, "--record", kept)
+    assert status == 0 and f"36 cells taken over from {kept}" in out
     status, out, _ = run(capsys, monkeypatch, "leaderboard", kept, "--page", tmp_path / "again")
     assert status == 0 and (tmp_path / "again.md").read_text() == texts["md"].replace(
         "leaderboard.svg", "again.svg"
@@ -538,6 +541,42 @@ def test_the_command_sweeps_resumes_records_and_makes_pages(
     ):
         status, _, err = run(capsys, monkeypatch, *small, *wrong)
         assert status == 1 and words in err
+
+
+def test_a_record_takes_the_place_of_a_folder_that_is_gone(tmp_path: Path, stub: Path) -> None:
+    """What it holds is not done again; a fit is, where a cell that needs its edit is missing."""
+    bench, plan = opened()
+    old, new = Store(tmp_path / "old"), Store(tmp_path / "new")
+    engine.execute(bench, plan, old.folder)
+    whole = record.gather(bench, plan, old)
+    record.write(whole, tmp_path / "record.json")
+    kept = record.read(tmp_path / "record.json")
+    assert (
+        record.restore(kept, plan, new) == len(plan.cells) and record.restore(kept, plan, new) == 0
+    )
+    again = record.gather(bench, plan, new)
+    for name in record.Record.model_fields:
+        assert getattr(again, name) == getattr(whole, name), name
+    gone = next(r for r in kept.rows if r.arm == "stub-forgetter" and r.attack == "stub-forger")
+    fit = next(
+        r for r in kept.rows if r.arm == gone.arm and r.concept == gone.concept and r.kind == "fit"
+    )
+    less = kept.model_copy(update={"rows": tuple(r for r in kept.rows if r is not gone)})
+    part = Store(tmp_path / "part")
+    assert record.restore(less, plan, part) == len(plan.cells) - 2
+    assert not part.finished(str(fit.key)) and not part.finished(str(gone.key))
+    before = sum(lines(stub).values())
+    engine.execute(bench, plan, part.folder)
+    assert sum(lines(stub).values()) == before + 2  # the fit and the attack that was missing
+    assert results(part).keys() == results(old).keys()
+    for row in record.gather(bench, plan, part).rows:
+        (same,) = [r for r in whole.rows if r.key == row.key]
+        assert (row.hit, row.pre, row.target, row.kept) == (
+            same.hit,
+            same.pre,
+            same.target,
+            same.kept,
+        )
 
 
 # -- resampling ------------------------------------------------------------------------------------

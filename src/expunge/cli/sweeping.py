@@ -48,7 +48,10 @@ RetryOption = Annotated[
     bool, typer.Option("--retry", help="Do again what a method refused before.")
 ]
 RecordOption = Annotated[
-    Path | None, typer.Option(help="Write the compact record: `results/leaderboard/world.json`.")
+    Path | None,
+    typer.Option(
+        help="Write the compact record (`results/leaderboard/world.json`); cells that it holds already are taken over."
+    ),
 ]
 PageOption = Annotated[
     Path | None,
@@ -86,6 +89,7 @@ def sweep(
     with common.quietly():
         bench = Bench(options, opened)
         plan = planned(bench)
+        _take_over(record, plan, Store(out))
         if dry_run:
             from ..run.sweep import forecast
 
@@ -104,6 +108,17 @@ def sweep(
             _pages(gathered, page)
     if status:
         raise typer.Exit(status)
+
+
+def _take_over(record: Path | None, plan: Any, store: Any) -> None:
+    """Cells that an earlier record holds need no work; without this a new folder would make the record smaller."""
+    if record is None or not record.exists():
+        return
+    from ..run.sweep import record as records
+
+    taken = records.restore(records.read(record), plan, store)
+    if taken:
+        print(f"{taken} cells taken over from {record}")
 
 
 def _run(bench: Any, plan: Any, out: Path, jobs: int, ray: str | None, retry: bool) -> int:

@@ -16,7 +16,7 @@ from .bench import Bench
 from .plan import Plan
 from .store import Store
 
-__all__ = ["Bits", "Record", "Row", "gather", "read", "write"]
+__all__ = ["Bits", "Record", "Row", "gather", "read", "restore", "write"]
 
 
 class Strict(BaseModel):
@@ -53,6 +53,7 @@ class Row(Strict):
     concept: str
     seed: int
     arm: str
+    key: str | None = Field(default=None, description="The cell's name in a sweep's folder.")
     attack: str | None = None
     refused: str | None = None
     target: Bits | None = None
@@ -147,7 +148,7 @@ def gather(bench: Bench, plan: Plan, store: Store) -> Record:
         if not store.finished(key):
             continue
         found = store.read(key)
-        dates.append(str(found.get("date", "")))
+        dates += _dates(found)
         for name, value in _provenance(found):
             made.setdefault(name, set()).add(value)
         asked = found["request"].get("eraser" if cell.kind == "fit" else "attack")
@@ -164,7 +165,8 @@ def gather(bench: Bench, plan: Plan, store: Store) -> Record:
         rows.append(
             Row(
                 kind=cell.kind, concept=cell.case.concept.name, seed=cell.case.seed, arm=cell.arm,
-                attack=cell.label or None, seconds=found["result"].get("fit_seconds", found["seconds"]), **result,
+                key=key, attack=cell.label or None,
+                seconds=found["result"].get("fit_seconds", found["seconds"]), **result,
             )
         )  # fmt: skip
     when = {"first": min(dates)[:10], "last": max(dates)[:10]} if dates else {}
@@ -177,7 +179,50 @@ def gather(bench: Bench, plan: Plan, store: Store) -> Record:
     )  # fmt: skip
 
 
+NOT_RESULT = {"kind", "concept", "seed", "arm", "key", "attack", "seconds"}
+"""What a row says of its cell; the rest is the cell's answer."""
+
+
+def restore(record: Record, plan: Plan, store: Store) -> int:
+    """Finish the cells of a plan whose answers a record holds, so that a sweep can go on without its old folder.
+
+    A record has no edits and no features, so a cell that an unfinished one needs is left to be done again.
+
+    Returns:
+        How many cells were taken over.
+    """
+    held = {str(row.key): row for row in record.rows if row.key is not None}
+    rows = {key: held[key] for key in plan.cells if key in held and not store.finished(key)}
+    while True:
+        needed = {
+            need
+            for key, cell in plan.cells.items()
+            if key not in rows and not store.finished(key)
+            for need in cell.needs
+        }
+        if not needed & rows.keys():
+            break
+        for key in needed & rows.keys():
+            del rows[key]
+    for key, row in rows.items():
+        result = row.model_dump(mode="json", exclude=NOT_RESULT, exclude_defaults=True)
+        if row.bytes is not None:  # a fit knows its own time
+            result["fit_seconds"] = row.seconds
+        store.publish(
+            plan.cells[key].request, key, result, row.seconds, made={"made": dict(record.made)}
+        )  # fmt: skip
+    return len(rows)
+
+
+def _dates(found: Mapping[str, Any]) -> list[str]:
+    own = found.get("made") or {}
+    return [own["first"], own["last"]] if "last" in own else [str(found.get("date", ""))]
+
+
 def _provenance(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, values in (found.get("made") or {}).items():
+        if not isinstance(values, str):  # dates are told apart
+            yield from ((name, value) for value in values)
     for name in ("commit", "machine"):
         if found.get(name):
             yield name, str(found[name])

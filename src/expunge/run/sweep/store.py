@@ -104,7 +104,7 @@ class Store:
 
     def publish(
         self, request: Mapping[str, Any], key: str, result: Mapping[str, Any], seconds: float,
-        files: Mapping[str, bytes] | None = None,
+        files: Mapping[str, bytes] | None = None, made: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """Write a cell's folder aside, then give it its name in one step.
 
@@ -113,6 +113,7 @@ class Store:
             result: The answer, plain values.
             seconds: Wall time of the work.
             files: Further files by name.
+            made: When and with what it was made; default: now and here.
         """
         runs = self.folder / "runs"
         runs.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ class Store:
             "request": request,
             "result": result,
             "seconds": round(seconds, 2),
-            **results.provenance(),
+            **(results.provenance() if made is None else made),
         }
         content = {
             **(files or {}),
