@@ -215,7 +215,11 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _present(id: str) -> str:
-    """The version a method has now, as a text; ``none`` where the catalogue does not have it."""
+    """The version a method or shared machinery has now, as a text; ``none`` of what is no longer there."""
+    from ..core.sparse_autoencoder import SparseAutoencoderConfig
+
+    if id == SparseAutoencoderConfig.id:
+        return number(SparseAutoencoderConfig.version)
     known = {system.id for system in catalogue.systems()}
     return number(catalogue.version(id) if id in known else None)
 
