@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -295,9 +296,9 @@ for line in sys.stdin:
     pid = os.fork()
     if not pid:
         bench, plan = engine.opened(text)
+        print(os.getpid(), flush=True)  # nothing is written before, so a kill would try nothing
         done = engine.execute(bench, plan, folder)
         os._exit(0 if done.finished == done.total else 3)
-    print(pid, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
@@ -308,7 +309,7 @@ def killed(log: Path, folder: Path, options: Options, times: int, dice: random.R
     Returns:
         How many were killed before they were done.
     """
-    environment = {**os.environ, "SWEEPSTUB_PAUSE": "0.01", "SWEEPSTUB_LOG": str(log)}
+    environment = {**os.environ, "SWEEPSTUB_PAUSE": "0.06", "SWEEPSTUB_LOG": str(log)}
     mother = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(HERE.parent), str(PACKAGE), options.text(), str(folder)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True,
@@ -321,8 +322,9 @@ def killed(log: Path, folder: Path, options: Options, times: int, dice: random.R
         mother.stdin.flush()
         pid = int(mother.stdout.readline())
         if number < times:
-            time.sleep(dice.uniform(0.0, 0.25))
-            os.kill(pid, 9)
+            time.sleep(dice.uniform(0.0, 0.12))
+            with contextlib.suppress(ProcessLookupError):  # it was done before
+                os.kill(pid, 9)
         status = int(mother.stdout.readline())
         dead += status == -9
     mother.stdin.close()
