@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import MissingExtra, SettingError
+from ..core.extras import needed
+from ..errors import SettingError
 from .held import MAX_FILE
 from .shelf import Desk
 
@@ -107,13 +108,7 @@ def _gradio() -> Any:
         "GRADIO_NUM_WORKERS",
     ):
         os.environ.pop(name, None)
-    try:
-        import gradio
-    except ImportError as error:
-        raise MissingExtra(
-            f"the window needs gradio, which is not installed ({error}); install it with: pip install 'expunge[ui]'"
-        ) from None
-    return gradio
+    return needed("gradio", "gradio", "ui")
 
 
 def launch(

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from ...concept import Concept
+from ...core.extras import needed
 from ...core.nudity_labels import CORE, EXPOSED, standard_label
-from ...errors import InputError, MissingExtra, SettingError, nearest
+from ...errors import InputError, SettingError, nearest
 from ...method import Judge, Outputs, Prompt, Verdicts
 
 __all__ = ["CORE", "EXPOSED", "Detection", "NudeNet", "open_nudenet", "standard_label"]
@@ -123,12 +124,7 @@ def open_nudenet(
     Raises:
         MissingExtra: It is not installed.
     """
-    try:
-        from nudenet import NudeDetector
-    except ImportError:
-        raise MissingExtra(
-            "the judge nudenet needs the package nudenet (AGPL-3.0): pip install 'expunge[nsfw]'"
-        ) from None
+    NudeDetector = needed("nudenet", "nudenet (AGPL-3.0)", "nsfw").NudeDetector
     try:
         version = importlib.metadata.version("nudenet")
     except importlib.metadata.PackageNotFoundError:  # a fork that lies on the path

@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from ...errors import MissingExtra
+from ...core.extras import needed
 from .bench import Bench
 from .engine import PAUSE, Tell, task, threads
 from .plan import Cell, Plan
@@ -19,11 +19,7 @@ RETRIES = 3
 
 
 def _ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise MissingExtra("sweeps on a cluster need Ray: pip install 'expunge[cluster]'") from None
-    return ray
+    return needed("ray", "Ray", "cluster")
 
 
 def execute(bench: Bench, plan: Plan, store: Store, address: str, tell: Tell) -> None:
