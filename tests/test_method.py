@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ class Sample(Method):
     how: str = setting("fast", "way", choices=("fast", "slow"))
     curve: tuple[int, ...] = setting((1, 2), "points", minimum=1)
     words: tuple[str, ...] = setting((), "words")
+    scale: float = setting(1.0, "without bounds")
 
 
 def test_texts_are_converted():
@@ -40,6 +42,7 @@ def test_texts_are_converted():
         "how",
         "curve",
         "words",
+        "scale",
     ]
     lists = Sample.configured(None, curve="3", words="woman, old man")
     assert (lists.curve, lists.words) == ((3,), ("woman", "old man"))
@@ -59,6 +62,27 @@ def test_texts_are_converted():
 def test_wrong_settings(settings, match):
     with pytest.raises(SettingError, match=match):
         Sample.configured(None, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "allowed"),
+    [
+        ({"steps": 2.5}, "a whole number"), ({"steps": "5"}, "a whole number"), ({"steps": None}, "a whole number"),
+        ({"lr": "1e-3"}, "a number or None"), ({"lr": math.nan}, "a number or None"), ({"lr": True}, "a number or None"),
+        ({"on": 1}, "True or False"), ({"how": 3}, "a text"), ({"curve": 3}, "a tuple, of a whole number each"),
+        ({"curve": (1, 2.5)}, "a tuple, of a whole number each"), ({"words": "woman"}, "a tuple, of a text each"),
+        ({"scale": math.nan}, "a number"),
+    ],
+)  # fmt: skip
+def test_values_of_another_type_are_refused(settings, allowed):
+    with pytest.raises(SettingError, match=f"^sample: {next(iter(settings))} is .*; allowed is {allowed}$"):
+        Sample(**settings)
+
+
+def test_lists_of_files_become_tuples_and_whole_numbers_are_numbers():
+    made = Sample(curve=[3, 2], scale=-1, lr=2)
+    assert made == Sample(curve=(3, 2), scale=-1, lr=2) and hash(made)
+    assert made.settings()["curve"] == (3, 2)
 
 
 def test_a_method_remembers_its_preset_beside_its_settings():

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -49,8 +51,15 @@ class Method:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __post_init__(self) -> None:
+        kinds = _kinds(type(self))
         for field in dataclasses.fields(self):
-            _check(self.id, field, getattr(self, field.name))
+            value = getattr(self, field.name)
+            if isinstance(value, list):  # as files have them
+                value = tuple(value)
+                object.__setattr__(self, field.name, value)
+            if field.metadata and field.name in kinds:
+                _check_kind(self.id, field.name, value, kinds[field.name])
+            _check(self.id, field, value)
 
     @classmethod
     def configured(cls, preset: str | None = None, /, **settings: Any) -> typing.Self:
@@ -143,6 +152,50 @@ def convert(method: str, name: str, text: str, kind: Any) -> Any:
             return text
     wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
     raise SettingError(f"{method}: setting {name!r} needs {wanted}, got {text!r}")
+
+
+@functools.cache
+def _kinds(method: type[Method]) -> Mapping[str, Any]:
+    """Name of each setting -> its type; empty where annotations cannot be read from here (a class of a function)."""
+    try:
+        return typing.get_type_hints(method)
+    except NameError:
+        return {}
+
+
+def _check_kind(method: str, name: str, value: Any, kind: Any) -> None:
+    """Refuse a value of another type than the setting's, before a loop far inside stumbles over it."""
+    options = _options(kind)
+    if not any(_is_of(value, option) for option in options):
+        wanted = " or ".join(_spoken(option) for option in options)
+        raise SettingError(f"{method}: {name} is {value!r}; allowed is {wanted}")
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind) if union else (kind,)
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type; NaN is no number."""
+    if kind is type(None):
+        return value is None
+    if typing.get_origin(kind) is tuple:
+        entry = typing.get_args(kind)[0]
+        return isinstance(value, tuple) and all(_is_of(v, entry) for v in value)
+    if kind is bool or kind is str:
+        return isinstance(value, kind)
+    if kind is int or kind is float:
+        number = int if kind is int else (int, float)
+        return isinstance(value, number) and not isinstance(value, bool) and value == value
+    return True
+
+
+def _spoken(kind: Any) -> str:
+    if typing.get_origin(kind) is tuple:
+        return f"a tuple, of {_spoken(typing.get_args(kind)[0])} each"
+    words = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+    return "None" if kind is type(None) else words.get(kind, getattr(kind, "__name__", str(kind)))
 
 
 def _check(method: str, field: dataclasses.Field[Any], value: Any) -> None:
