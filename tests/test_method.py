@@ -29,6 +29,7 @@ class Sample(Method):
     curve: tuple[int, ...] = setting((1, 2), "points", minimum=1)
     words: tuple[str, ...] = setting((), "words")
     scale: float = setting(1.0, "without bounds")
+    betas: tuple[float, float] = setting((0.9, 0.99), "two of them")
 
 
 def test_texts_are_converted():
@@ -43,6 +44,7 @@ def test_texts_are_converted():
         "curve",
         "words",
         "scale",
+        "betas",
     ]
     lists = Sample.configured(None, curve="3", words="woman, old man")
     assert (lists.curve, lists.words) == ((3,), ("woman", "old man"))
@@ -68,14 +70,17 @@ def test_wrong_settings(settings, match):
     ("settings", "allowed"),
     [
         ({"steps": 2.5}, "a whole number"), ({"steps": "5"}, "a whole number"), ({"steps": None}, "a whole number"),
-        ({"lr": "1e-3"}, "a number or None"), ({"lr": math.nan}, "a number or None"), ({"lr": True}, "a number or None"),
-        ({"on": 1}, "True or False"), ({"how": 3}, "a text"), ({"curve": 3}, "a tuple, of a whole number each"),
-        ({"curve": (1, 2.5)}, "a tuple, of a whole number each"), ({"words": "woman"}, "a tuple, of a text each"),
-        ({"scale": math.nan}, "a number"),
+        ({"lr": "1e-3"}, "a number or None"), ({"lr": math.nan}, "a number or None"),
+        ({"lr": True}, "a number or None"),
+        ({"on": 1}, "True or False"), ({"how": 3}, "a text"), ({"curve": 3}, "a tuple, a whole number each"),
+        ({"curve": (1, 2.5)}, "a tuple, a whole number each"), ({"words": "woman"}, "a tuple, a text each"),
+        ({"scale": math.nan}, "a number"), ({"betas": (0.9,)}, "a tuple of 2, a number each"),
     ],
 )  # fmt: skip
 def test_values_of_another_type_are_refused(settings, allowed):
-    with pytest.raises(SettingError, match=f"^sample: {next(iter(settings))} is .*; allowed is {allowed}$"):
+    with pytest.raises(
+        SettingError, match=f"^sample: {next(iter(settings))} is .*; allowed is {allowed}$"
+    ):
         Sample(**settings)
 
 

@@ -51,7 +51,8 @@ class Method:
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __post_init__(self) -> None:
-        kinds = _kinds(type(self))
+        own: Any = type(self)
+        kinds = _kinds(own)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, list):  # as files have them
@@ -181,8 +182,9 @@ def _is_of(value: Any, kind: Any) -> bool:
     if kind is type(None):
         return value is None
     if typing.get_origin(kind) is tuple:
-        entry = typing.get_args(kind)[0]
-        return isinstance(value, tuple) and all(_is_of(v, entry) for v in value)
+        entry, *more = typing.get_args(kind)
+        fits = isinstance(value, tuple) and (more == [...] or len(value) == 1 + len(more))
+        return fits and all(_is_of(v, entry) for v in value)
     if kind is bool or kind is str:
         return isinstance(value, kind)
     if kind is int or kind is float:
@@ -193,7 +195,8 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 def _spoken(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
-        return f"a tuple, of {_spoken(typing.get_args(kind)[0])} each"
+        entry, *more = typing.get_args(kind)
+        return f"a tuple{'' if more == [...] else f' of {1 + len(more)}'}, {_spoken(entry)} each"
     words = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
     return "None" if kind is type(None) else words.get(kind, getattr(kind, "__name__", str(kind)))
 
