@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from expunge.concept import Concept, as_concepts, read_concepts, safe_name
+from expunge.concept import Concept, as_concepts, names_of, read_concepts, safe_name
+from expunge.core.projections import kept_texts
 from expunge.errors import ConceptError, NameRefused
 
 HOSTILE = [
@@ -65,3 +66,17 @@ def test_round_trip_and_files(tmp_path):
     path.write_bytes("name: étoile".encode("latin-1"))
     with pytest.raises(ConceptError, match="not UTF-8"):
         read_concepts(path)
+
+
+def test_one_name_to_keep_is_a_name_and_not_its_letters():
+    assert names_of("heart") == names_of(["heart"]) == names_of(Concept("heart")) == ["heart"]
+    assert names_of([Concept("heart"), "a red cross"]) == ["heart", "a red cross"]
+    assert names_of(()) == names_of(None) == []
+    spoken = ["heart", "a heart"]
+    assert kept_texts("heart", ("a {}",)) == kept_texts([Concept("heart")], ("a {}",)) == spoken
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [3], [None], 2.5])
+def test_what_is_no_concept_is_said_in_words(wrong):
+    with pytest.raises(ConceptError):
+        as_concepts(wrong)

@@ -17,7 +17,16 @@ from typing import Any, Literal, get_args
 
 from .errors import ConceptError, NameRefused, nearest
 
-__all__ = ["Concept", "KINDS", "as_concepts", "common_kind", "read_concepts", "safe_name"]
+__all__ = [
+    "Concept",
+    "KINDS",
+    "as_concepts",
+    "common_kind",
+    "listed",
+    "names_of",
+    "read_concepts",
+    "safe_name",
+]
 
 Kind = Literal["object", "style", "identity", "unsafe", "mark", "class", "fact"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -124,9 +133,7 @@ def _text(value: Any, what: str, long: bool = False) -> str:
 
 def as_concepts(concepts: Concept | str | Iterable[Concept | str]) -> tuple[Concept, ...]:
     """One or several concepts or bare names as a non-empty tuple of distinct concepts."""
-    if isinstance(concepts, (Concept, str)):
-        concepts = (concepts,)
-    found = tuple(c if isinstance(c, Concept) else Concept(c) for c in concepts)
+    found = tuple(c if isinstance(c, Concept) else Concept(c) for c in listed(concepts))
     if not found:
         raise ConceptError("no concept was given; at least one is needed")
     names = [c.name.lower() for c in found]
@@ -136,9 +143,24 @@ def as_concepts(concepts: Concept | str | Iterable[Concept | str]) -> tuple[Conc
     return found
 
 
-def names_of(entries: Iterable[Any]) -> list[str]:
+def names_of(entries: Concept | str | Iterable[Any] | None) -> list[str]:
     """Names of concepts, and whatever else was given as text: what a record says was to be kept."""
-    return [str(getattr(entry, "name", entry)) for entry in entries]
+    return [str(getattr(entry, "name", entry)) for entry in listed(entries)]
+
+
+def listed(entries: Concept | str | Iterable[Any] | None) -> list[Any]:
+    """One concept or text, or several; a bare text is one entry, not its letters, and ``None`` is nothing.
+
+    Raises:
+        ConceptError: Something else.
+    """
+    if entries is None or isinstance(entries, (Concept, str)):
+        return [] if entries is None else [entries]
+    if not isinstance(entries, Iterable):
+        raise ConceptError(
+            f"a {type(entries).__name__} is no concept; allowed are concepts, names, or a list of them"
+        )
+    return list(entries)
 
 
 def common_kind(concepts: Iterable[Concept]) -> str | None:

@@ -67,6 +67,18 @@ def test_a_world_gives_captions_and_templates_go_by_kind():
         (None, "give thousands of them"),
         ("star", "list of captions or a mapping with captions, retained, targets as data, not str"),
         ({"caption": []}, "unknown key 'caption'.*captions"),
+        ({"captions": "a star"}, "'captions' must be a list of texts"),
+        ({"captions": [1]}, "'captions' must be a list of texts"),
+        ({"captions": CAPTIONS, "retained": 3}, "'retained' must be a list of texts"),
+        (
+            {"captions": CAPTIONS, "targets": ["a star"]},
+            "'targets' must be a mapping from a concept's name",
+        ),
+        (
+            {"captions": CAPTIONS, "targets": {"star": "a star"}},
+            "targets of 'star' must be a list of texts",
+        ),
+        ([b"a star"], "'captions' must be a list of texts"),
         ({"captions": CAPTIONS, "targets": {"stars": ["x"]}}, "'stars', which is not erased"),
     ],
 )

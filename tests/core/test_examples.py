@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from expunge.concept import Concept
-from expunge.core.examples import fitted, read_pictures, turned
+from expunge.core.examples import fitted, given, read_pictures, turned
 from expunge.errors import InputError
 
 
@@ -49,3 +49,32 @@ def test_some_pictures_are_turned_and_the_rest_left():
     assert np.array_equal(pictures, before)
     assert turned(pictures, 0.0, torch.Generator())[1] == 0
     assert turned(pictures, 1.0, torch.Generator())[1] == 40
+
+
+def test_what_a_user_gives():
+    array = np.zeros((2, 4, 4, 3), np.uint8)
+    found, captions = given({"pictures": {"star": (array, None, ["a", "b"])}, "captions": ("c",)})
+    assert found["star"].captions == ("a", "b") and captions == ["c"]
+    assert given(None) == ({}, [])
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        ([], "list; allowed is a mapping"),
+        ({"caption": []}, "did you mean 'captions'"),
+        ({"captions": "a star"}, "'captions' must be a list of texts, not str"),
+        ({"captions": [1]}, "holds a int"),
+        ({"captions": 3}, "not int"),
+        ({"pictures": [wide()]}, "'pictures' is list; allowed is a mapping"),
+        ({"pictures": {"star": wide()[None]}}, "'star' are ndarray; allowed is a tuple"),
+        ({"pictures": {"star": (wide()[None], ["a"])}}, "'star' are tuple; allowed is a tuple"),
+        ({"pictures": {"star": (wide()[None], None, "a")}}, "captions of 'star' must be a list of texts"),
+        ({"pictures": {"star": (wide()[None], None, None)}}, "captions of 'star' must be a list of texts"),
+        ({"pictures": {"star": ([wide(), wide()[:5]], None, ["a", "b"])}}, "make no one array"),
+        ({"pictures": {"star": (wide()[None] / 255.0, None, ["a"])}}, "float64 for 1 captions"),
+    ],
+)  # fmt: skip
+def test_what_a_user_gives_wrongly_is_said_in_words(data, match):
+    with pytest.raises(InputError, match=match):
+        given(data)

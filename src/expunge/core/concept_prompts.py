@@ -16,6 +16,7 @@ from typing import Any
 from ..concept import Concept
 from ..errors import InputError, nearest
 from ..models.diffusion import DiffusionModel
+from .examples import texts_of
 from .mentions import without
 from .projections import erased_pairs, general_captions, kept_texts, registered_texts
 
@@ -134,13 +135,21 @@ def _given(method: str, data: Any, concepts: Sequence[Concept]) -> dict[str, lis
         if key not in keys:
             raise InputError(f"{method}: data: unknown key {key!r}{nearest(str(key), keys)}")
     names, targets = [concept.name for concept in concepts], found.get("targets", {})
+    if not isinstance(targets, Mapping):
+        raise InputError(
+            f"{method}: data: 'targets' must be a mapping from a concept's name to a list of prompts, not "
+            f"{type(targets).__name__}"
+        )
     for name in targets:
         if name not in names:
             raise InputError(
                 f"{method}: data: target prompts of {name!r}, which is not erased{nearest(name, names)}"
             )
     return {
-        "captions": [str(text) for text in found.get("captions", ())],
-        "retained": [str(text) for text in found.get("retained", ())],
-        "targets": [str(text) for name in targets for text in targets[name]],
-    }
+        **{
+            key: texts_of(found.get(key, ()), f"{method}: data: {key!r}") for key in ("captions", "retained")
+        },
+        "targets": [
+            text for name, own in targets.items() for text in texts_of(own, f"{method}: data: targets of {name!r}")
+        ],
+    }  # fmt: skip

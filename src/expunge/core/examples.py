@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ __all__ = [
     "given",
     "pictures_of_concept",
     "read_pictures",
+    "texts_of",
     "turned",
 ]
 
@@ -52,12 +53,45 @@ def given(data: Any) -> tuple[dict[str, Pictures], list[str]]:
             raise InputError(
                 f"data: unknown key {key!r}{nearest(str(key), ['pictures', 'captions'])}"
             )
-    found = {name: _checked(name, *parts) for name, parts in data.get("pictures", {}).items()}
-    return found, [str(text) for text in data.get("captions", ())]
+    pictures = data.get("pictures", {})
+    if not isinstance(pictures, Mapping):
+        raise InputError(
+            f"data: 'pictures' is {type(pictures).__name__}; allowed is a mapping from a concept's name to "
+            "(pictures, masks or None, captions)"
+        )
+    for name, parts in pictures.items():
+        if not isinstance(parts, (tuple, list)) or len(parts) != 3:
+            raise InputError(
+                f"data: the pictures of {name!r} are {type(parts).__name__}; allowed is a tuple (pictures, masks or "
+                "None, captions)"
+            )
+    found = {name: _checked(name, *parts) for name, parts in pictures.items()}
+    return found, texts_of(data.get("captions", ()), "data: 'captions'")
+
+
+def texts_of(texts: Any, what: str) -> list[str]:
+    """A user's list of texts; a bare text would else be taken for the list of its letters.
+
+    Raises:
+        InputError: Something else; ``what`` names it.
+    """
+    if isinstance(texts, (str, bytes)) or not isinstance(texts, Iterable):
+        raise InputError(f"{what} must be a list of texts, not {type(texts).__name__}")
+    listed = list(texts)
+    for text in listed:
+        if not isinstance(text, str):
+            raise InputError(f"{what} must be a list of texts, and holds a {type(text).__name__}")
+    return listed
 
 
 def _checked(name: str, pictures: Any, masks: Any, captions: Sequence[str]) -> Pictures:
-    pictures = np.asarray(pictures)
+    try:
+        pictures = np.asarray(pictures)
+    except ValueError as error:  # of several sizes
+        raise InputError(
+            f"data: the pictures of {name!r} make no one array ({error}); allowed is uint8 (n, height, width, 3)"
+        ) from None
+    captions = texts_of(captions, f"data: the captions of {name!r}")
     n = len(captions)
     if (
         pictures.ndim != 4
@@ -75,7 +109,7 @@ def _checked(name: str, pictures: Any, masks: Any, captions: Sequence[str]) -> P
             raise InputError(
                 f"data: the masks of {name!r} have shape {masks.shape}; allowed is {pictures.shape[:3]}"
             )
-    return Pictures(pictures, masks, tuple(map(str, captions)))
+    return Pictures(pictures, masks, tuple(captions))
 
 
 def examples(

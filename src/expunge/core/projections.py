@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..concept import Concept
+from ..concept import Concept, listed
 from ..edit import Edit, deltas
 from .closed_form import Solution, ValueMoments, gram, layer_changes, moved
 from .factors import thin_factors
@@ -135,10 +135,12 @@ def erased_pairs(
     return unique_pairs(pairs)
 
 
-def kept_texts(keep: Sequence[Concept | str], templates: Sequence[str] = ()) -> list[str]:
+def kept_texts(
+    keep: Concept | str | Sequence[Concept | str] | None, templates: Sequence[str] = ()
+) -> list[str]:
     """The texts of what is to be kept: names and phrases of concepts, prompts as they are."""
     names: list[str] = []
-    for entry in keep:
+    for entry in listed(keep):
         names += entry.names if isinstance(entry, Concept) else [str(entry)]
     return list(
         dict.fromkeys(form.replace("{}", name) for name in names for form in ("{}", *templates))
@@ -211,8 +213,8 @@ def general_captions(
         return []
     known = [concept for concept in concepts if companions.concept(concept.name) is not None]
     measured = [name for concept in known for name in companions.neighbours(concept)]
-    listed = {name.lower() for name in told}
-    untold = [n for n in (*measured, *companions.unrelated) if n.lower() not in listed]
+    spoken = {name.lower() for name in told}
+    untold = [n for n in (*measured, *companions.unrelated) if n.lower() not in spoken]
     erased = [concept.name for concept in known] if filtered else []
     avoid = dict.fromkeys([*erased, *untold])
     return list(dict.fromkeys(companions.captions(count, seed=1, without=tuple(avoid))))
