@@ -115,17 +115,21 @@ def forget_prompts(
     classes = tuple(model.layout.classes)
     forget: list[str] = []
     overrides: list[tuple[str, ...]] = []
-    for concept in concepts:
+    # The user's prompts are for all concepts together.
+    own = given.get("forget") if not (classes or unsafe) else None
+    pairs = [_of_users(concepts, own, override, given.get("override"), phrases)] if own else []
+    for concept in () if own else concepts:
         names = concept.names if phrases else (concept.name,)
         if classes:
-            made = _of_class(model.name, concept, override, classes)
+            pairs.append(_of_class(model.name, concept, override, classes, concepts))
         elif unsafe:
-            made = _of_words(names, given.get("subjects", SUBJECTS))
+            pairs.append(_of_words(names, given.get("subjects", SUBJECTS)))
         else:
-            listed = given.get("forget") or _listed(model, concept, names, count, seed)
-            made = _of_names(concept, names, listed, override, given.get("override"))
-        forget += [text for text, _ in made]
-        overrides += [own for _, own in made]
+            listed = _listed(model, concept, names, count, seed)
+            pairs.append(_of_names([concept], listed, override, phrases))
+    for text, instead in (pair for made in pairs for pair in made):
+        forget.append(text)
+        overrides.append(instead)
     gone = [name for concept in concepts for name in concept.names]
     rest = _rest(model, gone, given.get("captions"), keep, classes, count, seed)
     if not rest:
@@ -166,7 +170,13 @@ def _instead(concept: Concept, override: str | None) -> str | None:
     return concept.anchor if override is None else override
 
 
-def _of_class(model: str, concept: Concept, override: str | None, classes: Sequence[str]) -> Pairs:
+def _of_class(
+    model: str,
+    concept: Concept,
+    override: str | None,
+    classes: Sequence[str],
+    concepts: Sequence[Concept],
+) -> Pairs:
     known = {name.lower(): name for name in classes}
     own, instead = concept.name.lower(), _instead(concept, override)
     for name in (own, *(() if instead is None else (instead.strip().lower(),))):
@@ -174,8 +184,15 @@ def _of_class(model: str, concept: Concept, override: str | None, classes: Seque
             raise SettingError(
                 f"{model} draws classes; {name!r} is none of them{nearest(name, known)}"
             )
-    others = tuple(name for name in classes if name.lower() != own)
-    return [(known[own], others if instead is None else (known[instead.strip().lower()],))]
+    if instead is not None:
+        return [(known[own], (known[instead.strip().lower()],))]
+    gone = {other.name.lower() for other in concepts}
+    others = tuple(name for name in classes if name.lower() not in gone)
+    if not others:
+        raise SettingError(
+            f"{model}: all its classes are to be forgotten, so none can take the place of {own!r}"
+        )
+    return [(known[own], others)]
 
 
 def _of_words(names: Sequence[str], subjects: Sequence[str]) -> Pairs:
@@ -184,26 +201,46 @@ def _of_words(names: Sequence[str], subjects: Sequence[str]) -> Pairs:
     return before + [(f"{subject}, {name}", (subject,)) for name, subject in pairs]
 
 
-def _of_names(
-    concept: Concept,
-    names: Sequence[str],
+def _of_users(
+    concepts: Sequence[Concept],
     listed: Sequence[str],
     override: str | None,
     given: Sequence[str] | None,
+    phrases: bool,
 ) -> Pairs:
+    """The user's prompts, each for whichever concepts it names."""
     if given is not None:
         return [(text, (own,)) for text, own in zip(listed, given, strict=True)]
-    instead = _instead(concept, override)
-    if instead is None:
-        raise SettingError(
-            f"{concept.name!r} has nothing to take its place; name an anchor in the concept, or override=..."
-        )
+    made = _of_names(concepts, listed, override, phrases)
+    for concept in concepts:
+        names = concept.names if phrases else (concept.name,)
+        if len(without(listed, names)) == len(listed):
+            raise InputError(
+                f"data: none of the {len(listed)} prompts to forget names {concept.name!r}; each concept needs one"
+            )
+    return made
+
+
+def _of_names(
+    concepts: Sequence[Concept], listed: Sequence[str], override: str | None, phrases: bool
+) -> Pairs:
+    """Prompts with every name of the concepts exchanged for what takes its place."""
     made: Pairs = []
     for text in listed:
-        changed, mention = exchanged(text, names, instead)
-        if mention is None:
+        changed, named = text, False
+        for concept in concepts:
+            instead = _instead(concept, override)
+            if instead is None:
+                raise SettingError(
+                    f"{concept.name!r} has nothing to take its place; name an anchor in the concept, or override=..."
+                )
+            names = concept.names if phrases else (concept.name,)
+            changed, mention = exchanged(changed, names, instead)
+            named = named or mention is not None
+        if not named:
+            said = " or ".join(repr(concept.name) for concept in concepts)
             raise InputError(
-                f"data: the prompt {text!r} does not name {concept.name!r}; allowed are prompts that do, or "
+                f"data: the prompt {text!r} does not name {said}; allowed are prompts that do, or "
                 "an 'override' for each"
             )
         made.append((text, (changed,)))
@@ -238,4 +275,7 @@ def _rest(
         listed = []
     if captions is None and not classes:
         listed += [template.format(name) for name in keep for template in TEMPLATES]
+    if classes:  # a class is its whole name: "tiger shark" is no "shark"
+        forgotten = {name.lower() for name in gone}
+        return [n for n in dict.fromkeys(listed) if n.strip().lower() not in forgotten]
     return without(list(dict.fromkeys(listed)), gone)

@@ -63,7 +63,7 @@ def classes():
 def asks(model, concept=STAR, data=DATA, keep=(), override=None, unsafe=False, phrases=True):
     return forget_prompts(
         model,
-        [concept],
+        [concept] if isinstance(concept, Concept) else concept,
         data,
         keep,
         override=override,
@@ -112,6 +112,30 @@ def test_a_class_becomes_its_anchor_or_any_other(classes):
     assert asks(classes, STAR, None, override="star").overrides == (("star",),)
     _, drawn, _ = asks(classes, Concept("star"), None).drawn(64, torch.Generator().manual_seed(0))
     assert set(drawn) == {"circle", "square"}
+
+
+def test_prompts_of_the_user_are_for_all_concepts_together(model):
+    several = [STAR, Concept("cross", anchor="square")]
+    given = {"forget": ["a star", "a red cross", "a cross and a star"], "captions": ["a tree"]}
+    found = asks(model, several, given)
+    assert found.forget == tuple(given["forget"])
+    assert found.overrides == (("a circle",), ("a red square",), ("a square and a circle",))
+    own = asks(model, several, {**given, "override": ["p", "q", "r"]})
+    assert (own.forget, own.overrides) == (found.forget, (("p",), ("q",), ("r",)))
+    with pytest.raises(InputError, match="does not name 'star' or 'cross'"):
+        asks(model, several, {**given, "forget": ["a star", "a tree"]})
+    with pytest.raises(InputError, match="none of the 1 prompts to forget names 'cross'"):
+        asks(model, several, {**given, "forget": ["a star"]})
+
+
+def test_no_forgotten_class_takes_the_place_of_another_and_classes_are_whole_names():
+    names = ("shark", "tiger shark", "ray", "eel")
+    several = tiny_classes(names, 5)
+    found = asks(several, [Concept("shark"), Concept("ray")], None)
+    assert found.forget == ("shark", "ray") and set(found.overrides) == {("tiger shark", "eel")}
+    assert found.remain == ("tiger shark", "eel")
+    with pytest.raises(SettingError, match="all its classes are to be forgotten"):
+        asks(several, [Concept(name) for name in names], None)
 
 
 @pytest.mark.parametrize(
