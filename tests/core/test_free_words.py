@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from expunge import Concept
+from expunge.core import free_words
 from expunge.core.concept_features import Deactivated, Deactivation
 from expunge.core.free_words import BEFORE, free_word
 from expunge.core.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderConfig
@@ -48,6 +49,18 @@ def test_it_is_learnt_through_what_acts():
     with model.controlled(Deactivation([edited])):
         through = free_word(model, STAR, SHOWN, **QUICK)
     assert plain.losses[0] != through.losses[0] and not torch.equal(plain.vectors, through.vectors)
+
+
+def test_gradients_of_half_precision_are_scaled_on_their_way(monkeypatch):
+    scaled = []
+    own = free_words.descend
+    monkeypatch.setattr(
+        free_words, "descend", lambda *a, **k: scaled.append(k.get("half", False)) or own(*a, **k)
+    )
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        word = free_word(tiny_diffusion(dtype=dtype), STAR, SHOWN, **QUICK)
+        assert torch.isfinite(word.vectors).all()
+    assert scaled == [False, True, False]
 
 
 def test_several_text_encoders_are_refused():

@@ -99,5 +99,5 @@ def free_word(
         model.cost.add("denoiser", batch, "backward")
         return (made - noise.float()).square().mean()[None]
 
-    found = descend(loss, start, steps=steps, lr=lr)
+    found = descend(loss, start, steps=steps, lr=lr, half=model.dtype == torch.float16)
     return FreeWord(found.vectors, spliced, found.losses)
