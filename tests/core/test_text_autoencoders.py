@@ -73,6 +73,13 @@ def test_an_autoencoder_is_trained_once_for_a_model(model, monkeypatch):
     assert first.quality["held_out"] and first.config.site == "text_encoder.encoder.layers.1"
 
 
+def test_a_folder_asked_for_later_receives_what_is_known(model, tmp_path):
+    first = made(model)
+    assert made(model, tmp_path) is first
+    kept = SparseAutoencoder.load(tmp_path / "text_encoder" / "autoencoder")
+    assert torch.equal(kept.atoms, first.atoms) and kept.quality == first.quality
+
+
 def test_a_run_folder_goes_on_and_refuses_other_texts(model, tmp_path):
     first = made(model, tmp_path)
     SHARED.clear()

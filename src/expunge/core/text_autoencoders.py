@@ -107,9 +107,12 @@ def trained(
         }  # fmt: skip
         asked = json.dumps([source, own.settings(), untrained], default=list)
         key, known = f"text autoencoder {asked}", sampling.SHARED.results
+        folder = None if run is None else Path(run) / site.tower
         if key not in known:
-            folder = None if run is None else Path(run) / site.tower
             known[key] = _train(model, site, texts, own, source, untrained, folder)
+        elif folder is not None and not untrained and not (folder / "autoencoder").exists():
+            # Trained before without a folder: an edit may refer to the one that was asked for now.
+            known[key].save(folder / "autoencoder")
         found[site.tower] = known[key]
     return found
 
