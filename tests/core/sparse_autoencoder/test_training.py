@@ -71,6 +71,16 @@ def test_the_first_batch_gives_the_bias() -> None:
     torch.testing.assert_close(more.bias.detach(), geometric_median(rows).float())
 
 
+@pytest.mark.parametrize("normalise", ["mean-square", "row-norm", "layer-norm"])
+def test_candidates_of_atoms_stand_in_the_units_of_the_encoder(normalise: str) -> None:
+    rows = 100 + 5 * normal(64, 6)
+    settings = config(dictionary="archetypal", normalise=normalise, candidates=64, batch=64)
+    model = started(settings, Rows(rows), 0)
+    seen = model.normalised(rows).rows  # as many candidates as rows: most are one of them
+    nearest = torch.cdist(model.candidates.double(), seen.double()).amin(1)
+    assert float(nearest.median()) < 0.01 * float(seen.norm(dim=1).mean())
+
+
 def test_candidates_are_centroids() -> None:
     rows = torch.cat([normal(40, 6) * 0.01 + 5 * place for place in torch.eye(6)[:3]])
     found = centroids(rows, 3, 0)

@@ -90,7 +90,11 @@ def started(
     rows = torch.cat(list(itertools.islice(source.batches(config.batch, seed), wanted)))
     scale, candidates = factor(rows, config.normalise), None
     if config.dictionary in ARCHETYPAL:
-        candidates = centroids(rows[:CENTROID_ROWS] * scale, config.candidates, seed)
+        # Atoms stand in the units of the encoder, also where rows are normalised one by one.
+        seen = SparseAutoencoder(config, seed=None)
+        seen.scale.fill_(scale)
+        first = seen.normalised(rows[:CENTROID_ROWS].cpu()).rows
+        candidates = centroids(first, config.candidates, seed)
     bare = SparseAutoencoder(config, seed=seed, candidates=candidates).to(device or rows.device)
     bare.scale.fill_(scale)
     if config.bias and config.start_bias == "median":
