@@ -17,7 +17,9 @@ __all__ = ["TextDrift", "filled"]
 def filled(templates: Sequence[str], names: Sequence[str]) -> list[str]:
     """Templates with names in the place of ``{}``, the shorter list beginning again; none without names."""
     count = max(len(names), len(templates)) if names else 0
-    return [templates[i % len(templates)].format(names[i % len(names)]) for i in range(count)]
+    return [
+        templates[i % len(templates)].replace("{}", names[i % len(names)]) for i in range(count)
+    ]
 
 
 class TextDrift:

@@ -272,6 +272,8 @@ def test_a_template_is_drawn_for_each_picture_at_each_visit(model):
     assert found == {t.format("star") for t in STYLE} and len(STYLE) == 19
     own = task(model, templates=("a {}",), phrases=True)
     assert {own.prompt(STAR, draw) for _ in range(40)} == {"a star", "a heart"}
+    own = task(model, templates=("a {} {x}",))  # other brackets stand for themselves
+    assert own.prompt(STAR, draw) == "a star {x}"
     texts = []
     own.prompt = lambda *_: texts.append("a star") or "a star"
     own.step(Step(0, 6, 7))

@@ -280,7 +280,7 @@ class _Ascent(finetune.Task):
             given = own if concept.name in own or files is None else {concept.name: files}
             origin, taken = examples.examples(
                 model, concept, given, count=method.pictures,
-                texts=[t.format(concept.name) for t in self.templates[concept.name]], seed=self.seed,
+                texts=[t.replace("{}", concept.name) for t in self.templates[concept.name]], seed=self.seed,
                 steps=model.steps, guidance=model.guidance,
             )  # fmt: skip
             shown[concept.name] = ("files" if given is not own else origin, taken)
@@ -319,7 +319,7 @@ class _Ascent(finetune.Task):
     def prompt(self, concept: Concept, generator: torch.Generator) -> str:
         """A template and a name, both drawn."""
         names = concept.names if self.method.phrases else (concept.name,)
-        return _one(self.templates[concept.name], generator).format(_one(names, generator))
+        return _one(self.templates[concept.name], generator).replace("{}", _one(names, generator))
 
     def step(self, step: finetune.Step) -> dict[str, Tensor]:
         """The negative training loss of some pictures."""
