@@ -119,6 +119,22 @@ def test_training_can_be_left_to_the_noisy_part_of_the_schedule(model, monkeypat
     assert min(asked) >= 500 and len(set(asked)) > 10
 
 
+def test_both_rates_follow_the_schedule(model, monkeypatch):
+    seen = {}
+
+    def stopped(task, loop, **_):
+        seen.update({"tokens": loop.optimiser, **loop.groups})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "fit", stopped)
+    method = GeomErasing(**QUICK, setting="data", schedule="linear", lr=0.5, denoiser_lr=0.25)
+    with pytest.raises(KeyboardInterrupt):
+        method.erase(model, MARK, data=data())
+    assert {name: [one.rate(i, 4) for i in (0, 2)] for name, one in seen.items()} == {
+        "tokens": [0.5, 0.25], "denoiser": [0.25, 0.125],
+    }  # fmt: skip
+
+
 def test_dropping_drops_name_and_tokens_with_the_caption(model):
     task = places(model, setting="data", dropout=1.0)
     loss = task.step(finetune.Step(0, 1, 0))["tokens"]
