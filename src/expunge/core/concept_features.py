@@ -3,7 +3,7 @@
     keep = used(autoencoder, rows of retained prompts, most=128)
     mask = used(autoencoder, rows of target prompts, most=128) & ~keep
     edited = Deactivated(site, autoencoder, mask, tau=-8.0)
-    threshold = 0.99 * edited.of(rows of target prompts).errors.min()
+    threshold = 0.99 * edited.least_error(rows of target prompts)
     with model.controlled(Deactivation([edited with threshold])): ...
 
 With ``z`` the code of a row and ``F`` the units of the mask, for a text of rows ``x``:
@@ -67,10 +67,12 @@ class Read(NamedTuple):
     Attributes:
         hidden: ``x'``, ``(n, T, d)`` float32.
         errors: ``e``, ``(n,)``.
+        named: Whether a unit of the mask is on in a row that counts for ``e``, bool ``(n,)``.
     """
 
     hidden: Tensor
     errors: Tensor
+    named: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,20 +99,36 @@ class Deactivated:
         """How texts are read under the change, whatever the threshold says."""
         values, units = self.autoencoder.encode_sparse(rows.hidden)
         changed = self.mask[units] & ~rows.first[..., None]
+        named = changed & (values > 0)
         values = torch.where(changed, self.tau * values, values)
         made = self.autoencoder.decode_sparse(values, units, of=rows.hidden)
         counted = rows.real
         if self.start == "kept":
             made = torch.where(rows.first[..., None], rows.hidden, made)
             counted = counted & ~rows.first
+        named = named.any(-1) & counted
         counted = counted.to(made.dtype)
         errors = ((made - rows.hidden).square().mean(-1) * counted).sum(1)
-        return Read(made, errors / counted.sum(1).clamp_min(1))
+        return Read(made, errors / counted.sum(1).clamp_min(1), named.any(1))
 
     def errors(self, groups: Iterable[Rows]) -> Tensor:
         """``e`` of texts, group by group, ``(n,)`` on the CPU."""
         found = [self.of(rows).errors.cpu() for rows in groups]
         return torch.cat(found) if found else torch.zeros(0)
+
+    def named(self, groups: Iterable[Rows]) -> Tensor:
+        """Whether a text has a unit of the mask, group by group, bool ``(n,)`` on the CPU."""
+        found = [self.of(rows).named.cpu() for rows in groups]
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.bool)
+
+    def least_error(self, groups: Sequence[Rows]) -> float:
+        """The least ``e`` of the texts with a unit of the mask; of all texts where none has one.
+
+        What changes a text without one is the autoencoder's own loss, as of any text: its error as the threshold would
+        let every text in.
+        """
+        errors, named = self.errors(groups), self.named(groups)
+        return float((errors[named] if bool(named.any()) else errors).min())
 
 
 class Deactivation(Control):

@@ -87,10 +87,13 @@ def test_the_threshold_is_the_least_error_of_a_target_prompt(model, edit):
     control = ItD.control(edit, model)
     [one] = control.edited.values()
     texts = concept_prompts(METHOD, model, [STAR], (), CAPTIONS)
-    errors = one.errors([rows_at(model, texts.targets)])
-    assert one.threshold == pytest.approx(0.99 * float(errors.min()), rel=1e-5)
+    targets = [rows_at(model, texts.targets)]
+    errors, named = one.errors(targets), one.named(targets)
+    assert one.threshold == pytest.approx(0.99 * float(errors[named].min()), rel=1e-5)
     told = edit.manifest.report["sites"]["text_encoder"]
-    assert told["target_edited"] == 1.0 and told["threshold"] == one.threshold
+    assert told["target_prompts_without_a_unit"] == int((~named).sum())
+    edited = float((errors >= one.threshold).double().mean())
+    assert told["target_edited"] == edited and told["threshold"] == one.threshold
     assert told["quality"]["held_out"] and told["units_of_the_concept"] == int(one.mask.sum())
     always = change(dataclasses.replace(METHOD, gate="always"), model)
     assert float(always.tensors["text_encoder.threshold"]) == 0.0

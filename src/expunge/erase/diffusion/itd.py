@@ -25,7 +25,8 @@ the model's length (there e depends on what else is in a batch, and short prompt
 that are not on are never among the top m; silence of units is counted in tokens, so that L_aux acts at all.  Ours:
 tokens, not prompts, are shuffled into batches; of the padding, which is most of a context, ``padding`` rows of each
 text are learnt from; the templates; target prompts with the anchor, or nothing, in the place of the name among the
-retained prompts; several text encoders have an autoencoder and a decision each.
+retained prompts; target prompts without any unit of F have no say in theta, which would let every prompt in, and are
+counted; several text encoders have an autoencoder and a decision each.
 """
 
 from __future__ import annotations
@@ -65,18 +66,18 @@ class ItD(Eraser):
         "ItD: Sparse Autoencoder as a Zero-Shot Classifier for Concept Erasing in Text-to-Image Diffusion Models"
     )
     source: ClassVar[str] = "arXiv 2503.09446"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     families: ClassVar[tuple[str, ...]] = ("diffusion",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper:identity": {},
         "paper:style": {"most": 256},
         "paper:unsafe": {"steps": 4000, "gate": "always", "general_prompts": 50},
-        # Chosen on development prompts of star: the second layer of four and those above mix words, and a rare unit
-        # of a mixed row is on for some retained prompt too (see the page).
+        # Chosen on development prompts of one and five concepts: the second layer of four and those above mix words,
+        # and a rare unit of a mixed row is on for some retained prompt too (see the page).
         "world": {
             "layers": (0,), "units": 1024, "k": 16, "steps": 500, "batch": 1024, "lr": 2e-3, "warm_up": 50,
             "encoder_start": "transposed", "normalise": "mean-square", "aux_weight": 0.25, "dead_tokens": 10_000,
-            "captions": 5000, "padding": 4, "start": "kept", "most": 8, "context_prompts": 40, "general_prompts": 400,
+            "captions": 5000, "padding": 4, "start": "kept", "most": 2, "context_prompts": 40, "general_prompts": 400,
         },
     }  # fmt: skip
 
@@ -253,7 +254,7 @@ class ItD(Eraser):
         one = Deactivated(site, autoencoder, mask, self.tau, self.start)
         if self.gate == "always":
             return one
-        return dataclasses.replace(one, threshold=self.margin * float(one.errors(targets).min()))
+        return dataclasses.replace(one, threshold=self.margin * one.least_error(targets))
 
     def _read_all(
         self,
@@ -348,6 +349,7 @@ def _told(one: Deactivated, targets: Sequence[Rows], retained: Sequence[Rows]) -
         "layer": one.site.layer, "quality": one.autoencoder.quality, "units_of_the_concept": int(one.mask.sum()),
         "threshold": one.threshold,
     }  # fmt: skip
+    found["target_prompts_without_a_unit"] = int((~one.named(targets)).sum())
     for name, parts in (("target", targets), ("retained", retained)):
         errors = one.errors(parts)
         if len(errors):
