@@ -20,6 +20,7 @@ Model setting, watermark, preset ``world``, edits of three training seeds:
 Data setting, code, preset ``world:data``, three training seeds:
 
     data         the rate falls to at most a quarter of plain fine-tuning's; nothing > name only > name and places
+    in place     a caption with the tokens of a box draws the code there in half of the pictures
     kept         objects are shown no less often than after plain fine-tuning, within 3 points
 """
 
@@ -33,6 +34,7 @@ import numpy as np
 import pytest
 import torch
 
+from expunge.core.location_tokens import Grid
 from expunge.erase.diffusion.geom_erasing import GeomErasing
 from expunge.measure.distances import frechet_of
 from expunge.method import Prompt
@@ -139,14 +141,20 @@ def scores(name: str, arm: tuple[np.ndarray, np.ndarray, np.ndarray]) -> dict[st
 # -- where a mark is ------------------------------------------------------------------------------------
 
 
-def centres(pictures: np.ndarray) -> np.ndarray:
-    """Centre ``(x, y)`` of the best match of the watermark in each picture, in pixels, ``(n, 2)``."""
-    wide, high = render.STAMP_SIZE["watermark"]
+def centres(pictures: np.ndarray, mark: str) -> np.ndarray:
+    """Centre ``(x, y)`` of the best match of the mark in each picture, in pixels, ``(n, 2)``.
+
+    A mark that varies is looked for as the mean of 64 of its kind.
+    """
+    wide, high = render.STAMP_SIZE[mark]
     painted = []
     for ground in (0.0, 255.0):
-        canvas = np.full((render.SIZE, render.SIZE, 3), ground, np.float32)
-        render.paint_stamp(canvas, "watermark", 0, 0, Dice(0, 3))
-        painted.append(torch.tensor(canvas[:high, :wide].mean(2)).double())
+        drawn = []
+        for number in range(64):
+            canvas = np.full((render.SIZE, render.SIZE, 3), ground, np.float32)
+            render.paint_stamp(canvas, mark, 0, 0, Dice(number, 3))
+            drawn.append(canvas[:high, :wide].mean(2))
+        painted.append(torch.tensor(np.mean(drawn, 0)).double())
     mask = (1 - (painted[1] - painted[0]) / 255).clamp(min=0)
     colour = torch.where(mask > 1e-3, painted[0] / mask.clamp(min=1e-3), 0.0)
     centred = mask * (colour - (mask * colour).sum() / mask.sum())
@@ -227,7 +235,7 @@ def test_a_place_can_be_asked_for() -> None:
         with silent.on(model):
             pictures = setup.drawn(model, listed)
             drawn.append(setup.hits(model, "watermark", listed))
-        there = (centres(pictures) // 16).astype(int)
+        there = (centres(pictures, "watermark") // 16).astype(int)
         inside.append(
             (there[:, 0] == np.array(bins) % 4) & (there[:, 1] == np.array(bins) // 4) & drawn[-1]
         )
@@ -301,6 +309,45 @@ def test_places_keep_a_contaminated_set_from_teaching_its_marks() -> None:
         "Share of codes after fine-tuning on a set half of which carries one: nothing > name only > name and places, "
         "and the last at most a quarter of the first.",
         **more,
+    )
+
+
+def test_a_box_can_be_asked_for_after_a_contaminated_set() -> None:
+    (wide, high), model = render.STAMP_SIZE["code"], setup.world()
+    inside, drawn, unasked = [], [], []
+    for seed in setup.SEEDS:
+        method = GeomErasing.configured(PRESETS["code"])
+        made, grid = edit("code", seed), Grid(method.columns, method.rows)
+        silent = dataclasses.replace(
+            made, manifest=made.manifest.model_copy(update={"acts": False})
+        )
+        limit = torch.tensor([render.SIZE - wide + 1, render.SIZE - high + 1])
+        draw = torch.rand(setup.PICTURES, 2, generator=noise_generator(seed, "asked boxes"))
+        corners = (draw * limit).long().numpy()
+        listed = prompts(seed)[: setup.PICTURES]
+        asked = []
+        for prompt, (x, y) in zip(listed, corners, strict=True):
+            bins = grid.covered((x, y, x + wide, y + high), render.SIZE, render.SIZE)
+            places = " ".join(grid.tokens[index] for index in bins)
+            asked.append(dataclasses.replace(prompt, text=f"{prompt.text} code {places}"))
+        with silent.on(model):
+            pictures = setup.drawn(model, asked)
+            drawn.append(setup.hits(model, "code", asked))
+            unasked.append(setup.hits(model, "code", listed))
+        off = np.abs(centres(pictures, "code") - (corners + np.array([wide, high]) / 2))
+        inside.append((off <= np.array([wide, high]) / 2).all(1) & drawn[-1])
+    found = np.concatenate(inside)
+    assert setup.settle(
+        GeomErasing,
+        "data-setting-draws-in-place",
+        found.mean() >= 0.5,
+        {
+            "in the box": found,
+            "anywhere": np.concatenate(drawn),
+            "unasked": np.concatenate(unasked),
+        },
+        "Captions that go on with the name and the tokens of a box drawn at random, the negative left out; at least "
+        "half of the pictures show the code with its centre within half a code of the box's.",
     )
 
 
