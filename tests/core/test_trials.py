@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from expunge import Concept
+from expunge.attack.diffusion.random_tokens import RandomTokens
 from expunge.core.prompt_search import Ledger
-from expunge.core.trials import Trials, picture_rows
+from expunge.core.trials import Trials, picture_rows, received
 from expunge.erase.diffusion.sld import SLD
-from expunge.errors import SettingError
-from expunge.method import Judge, Prompt, Verdicts
+from expunge.errors import ConceptError, PromptError, SettingError
+from expunge.method import BUDGETS, Judge, Prompt, Verdicts
 
 pytestmark = pytest.mark.usefixtures("no_shared_pictures")
 
@@ -141,3 +142,27 @@ def test_branches_that_an_edit_asks_for_are_paid_for(model):
         before = model.cost.snapshot()
         model.generate(prompts, steps=2, guidance=3.0)
         assert model.cost.since(before)["denoiser.forward"] == 6
+
+
+def test_what_an_attack_is_given_is_checked_at_the_door(model):
+    """Names and bare texts will do, the empty text is a prompt, and everything else is one clear sentence."""
+    attack = RandomTokens(tokens=2, pictures=1, steps=2, guidance=3.0)
+    own = Prompt("", 7, guidance=1.0)
+    found = received(attack, model, "star", "quick", ["a star", own])
+    assert found == (Concept("star"), BUDGETS["quick"], [Prompt("a star", 0), own])
+    assert received(attack, model, STAR, "paper", "a star")[2] == [Prompt("a star", 0)]
+    judge = ByText()
+    judge.script = [([True, False], [0.9, 0.1]), ([False], [0.2])]
+    made = attack.attack(model, "star", judge, "quick", prompts=["a red star", ""])
+    assert [item.prompt for item in made.items] == [Prompt("a red star", 0), Prompt("", 1)]
+    for wrong, error, words in (
+        ({"prompts": []}, PromptError, "no prompt"),
+        ({"prompts": None}, PromptError, "prompts is None"),
+        ({"prompts": ["star", None]}, PromptError, "prompt 2 is None; a text is needed"),
+        ({"prompts": [Prompt(None)]}, PromptError, "prompt 1"),
+        ({"concept": None}, ConceptError, "random-tokens: the concept is None"),
+        ({"budget": "worlds"}, SettingError, "did you mean 'world'"),
+    ):
+        given = {"concept": STAR, "budget": "quick", "prompts": ["star"], **wrong}
+        with pytest.raises(error, match=words):
+            received(attack, model, **given)

@@ -17,7 +17,7 @@ import json
 import os
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,20 +154,34 @@ def remembered(keys: Sequence[str], make: Callable[[list[int]], Sequence[Any]]) 
 
 
 def as_prompts(
-    prompts: str | Prompt | Sequence[str | Prompt], concept: str | None = None
+    prompts: str | Prompt | Sequence[str | Prompt],
+    concept: str | None = None,
+    *,
+    empty: bool = False,
 ) -> list[Prompt]:
     """Texts and prompts as prompts; a bare text gets its position as seed.
+
+    Args:
+        prompts: One or several.
+        concept: What bare texts are about.
+        empty: The empty text is a prompt, too.
 
     Raises:
         PromptError: Nothing was given, or an entry is empty or not a text.
     """
+    if not isinstance(prompts, (str, Prompt, Iterable)):
+        raise PromptError(
+            f"prompts is {prompts!r}; a text, a prompt, or several of them are needed"
+        )
     entries = [prompts] if isinstance(prompts, (str, Prompt)) else list(prompts)
+    needed = "a text" if empty else "a non-empty text"
     found = []
     for position, entry in enumerate(entries):
         if isinstance(entry, str):
             entry = Prompt(entry, seed=position, concept=concept)
-        if not isinstance(entry, Prompt) or not entry.text.strip():
-            raise PromptError(f"prompt {position + 1} is {entry!r}; a non-empty text is needed")
+        read = isinstance(entry, Prompt) and isinstance(entry.text, str)
+        if not read or not (empty or entry.text.strip()):
+            raise PromptError(f"prompt {position + 1} is {entry!r}; {needed} is needed")
         found.append(entry)
     if not found:
         raise PromptError("no prompt was given; at least one is needed")

@@ -16,14 +16,47 @@ import torch
 from torch import Tensor
 
 from ..concept import Concept
-from ..errors import PromptError, SettingError
+from ..errors import ConceptError, PromptError, SettingError
 from ..method import Attack, Attempt, Attempts, Budget, Judge, Prompt
+from ..method import budget as named_budget
 from ..models.types import Condition
 from .guided_steps import GuidedSteps
 from .prompt_search import Ledger
-from .sampling import SEED_STEP, SHARED, outputs
+from .sampling import SEED_STEP, SHARED, as_prompts, outputs
 
-__all__ = ["Meter", "Trials", "assembled", "in_batches", "item_keys", "picture_rows", "shot"]
+__all__ = [
+    "Meter", "Trials", "assembled", "in_batches", "item_keys", "picture_rows", "received", "shot",
+]  # fmt: skip
+
+
+def received(
+    attack: Attack, model: Any, concept: Any, budget: str | Budget, prompts: Any
+) -> tuple[Concept, Budget, list[Prompt]]:
+    """What an attack was given, checked before any work.
+
+    Args:
+        attack: Named in errors.
+        model: Of a family the attack is for.
+        concept: Or its bare name: then the world's concept of that name, where there is one.
+        budget: Or its name.
+        prompts: Or bare texts, which get their positions as seeds; the empty text is one, too.
+
+    Raises:
+        UnsupportedModel: The attack is for other families.
+        ConceptError: The concept is neither a concept nor a name.
+        SettingError: No budget has that name.
+        PromptError: There is no prompt, or one that is no text.
+    """
+    model.check_family(attack)
+    if isinstance(concept, str):
+        companions = model.companions
+        known = companions.concept(concept) if companions is not None else None
+        concept = known if known is not None else Concept(concept)
+    if not isinstance(concept, Concept):
+        raise ConceptError(
+            f"{attack.id}: the concept is {concept!r}; a concept or a name is needed"
+        )
+    return concept, named_budget(budget), as_prompts(prompts, empty=True)
 
 
 def shot(prompt: Prompt, number: int) -> Prompt:

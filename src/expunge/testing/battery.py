@@ -383,7 +383,7 @@ def bad_prompts_are_refused(method: type[Method]) -> None:
     with _untouched(model, "a prompt that is no text"):
         try:
             made.attack(model, bench.concept, bench.judge(False), on.ROWS, prompts=[None])  # type: ignore[list-item]
-        except (ExpungeError, TypeError, AttributeError, ValueError):
+        except ExpungeError:
             return
     raise AssertionError("a prompt that is no text was accepted")
 

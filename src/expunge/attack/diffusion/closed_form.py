@@ -32,7 +32,7 @@ import torch
 from ...concept import Concept
 from ...core.closed_form import gram
 from ...core.derivation import norm_budgeted, residuals
-from ...core.trials import picture_rows
+from ...core.trials import picture_rows, received
 from ...errors import SettingError, UnsupportedModel
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 
@@ -81,7 +81,7 @@ class ClosedFormAttack(Attack):
         ``reference`` gives the original matrices and text embeddings; without it the attacked model
         with its edits lifted does.  See :meth:`expunge.method.Attack.attack`.
         """
-        model.check_family(self)
+        concept, budget, prompts = received(self, model, concept, budget, prompts)
         before = model.cost.snapshot()
         listed = list(prompts)
         self._check(budget, model, listed)

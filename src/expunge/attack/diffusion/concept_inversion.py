@@ -42,7 +42,7 @@ from ...core.curves import Curve, affordable
 from ...core.guided_steps import GuidedSteps, defence_of, needs_branches
 from ...core.prompt_templates import OBJECT, PERSON, STYLE
 from ...core.target_pictures import concept_pictures
-from ...core.trials import Meter, picture_rows
+from ...core.trials import Meter, picture_rows, received
 from ...core.word_inversion import (
     PLACE,
     FreePrompts,
@@ -175,7 +175,7 @@ class ConceptInversion(Attack):
             MissingCapability: Several text encoders; or a loss of two branches for a model that has one.
             SettingError: The budget does not pay for the first point.
         """
-        model.check_family(self)
+        concept, budget, prompts = received(self, model, concept, budget, prompts)
         model.needs("gradients")
         model.token_table()
         original = model if reference is None else reference

@@ -27,7 +27,7 @@ from ...core.adversarial_prompts import Forbidden
 from ...core.mentions import exchanged
 from ...core.prompt_search import Ledger
 from ...core.sampling import SEED_STEP
-from ...core.trials import Meter, Trials, assembled, in_batches, item_keys
+from ...core.trials import Meter, Trials, assembled, in_batches, item_keys, received
 from ...core.word_variants import LANGUAGES, TYPOS, orders, put_in, translations, typos
 from ...errors import SettingError
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
@@ -93,7 +93,7 @@ class LanguageVariants(Attack):
         Raises:
             SettingError: No kind is left, or the budget does not pay for one variant and one other seed.
         """
-        model.check_family(self)
+        concept, budget, prompts = received(self, model, concept, budget, prompts)
         if not self.kinds:
             raise SettingError(f"{self.id}: kinds is empty; allowed are {', '.join(KINDS)}")
         meter = Meter(model)

@@ -41,7 +41,7 @@ from ...core.adversarial_prompts import Forbidden
 from ...core.pooled_text import PooledText, direction_problem
 from ...core.prompt_search import Gcg, Ledger, Result
 from ...core.sampling import remembered
-from ...core.trials import Meter, Trials, assembled, in_batches, item_keys
+from ...core.trials import Meter, Trials, assembled, in_batches, item_keys, received
 from ...errors import SettingError
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 from ...models.base import noise_generator
@@ -99,7 +99,7 @@ class MMADiffusion(Attack):
         The encoder rows of the budget are shared equally by the runs; where a run's share does not pay one update,
         or the budget one string's pictures, it is refused.  See :meth:`expunge.method.Attack.attack`.
         """
-        model.check_family(self)
+        concept, budget, prompts = received(self, model, concept, budget, prompts)
         original = model if reference is None else reference
         meter = Meter(model, original)
         with original.lifted():

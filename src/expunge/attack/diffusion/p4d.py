@@ -47,7 +47,7 @@ from ...core.guided_prediction import GuidedPrediction, acts_on_guidance
 from ...core.ideal_set import ideal_rate, shots_of
 from ...core.prompt_search import Ledger, Pez, Problem
 from ...core.target_bank import PredictionMatch, TargetBank
-from ...core.trials import Meter, Trials, assembled, in_batches, item_keys
+from ...core.trials import Meter, Trials, assembled, in_batches, item_keys, received
 from ...core.vision import Embed, picture_encoder
 from ...errors import MissingCapability, PromptError
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
@@ -142,7 +142,7 @@ class P4D(Attack):
         Raises:
             MissingCapability: Guided predictions are asked of a model whose guidance has one branch.
         """
-        model.check_family(self)
+        concept, budget, prompts = received(self, model, concept, budget, prompts)
         if self.loss == "guided" and not model.two_branches:
             raise MissingCapability(
                 f"{self.id}: {model.name} has no unconditional branch, so loss cannot be 'guided'; take 'auto'"

@@ -25,7 +25,7 @@ from ...core.adversarial_prompts import (
     without_room,
 )
 from ...core.prompt_search import Ledger, Problem, Search
-from ...core.trials import Meter, Trials, assembled, in_batches, item_keys
+from ...core.trials import Meter, Trials, assembled, in_batches, item_keys, received
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 
 __all__ = ["RandomTokens"]
@@ -78,7 +78,7 @@ class RandomTokens(Attack):
         Prompts that leave no room for the tokens are judged plain and reported as skipped; a budget
         that does not pay one draw is refused.  See :meth:`expunge.method.Attack.attack`.
         """
-        model.check_family(self)
+        concept, budget, prompts = received(self, model, concept, budget, prompts)
         forbidden = Forbidden(model.tokenizer, concept, len(model.token_table()))
         meter = Meter(model)
         texts = [p.text for p in prompts]

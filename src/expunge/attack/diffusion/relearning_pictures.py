@@ -28,7 +28,7 @@ from ...core.everyday_objects import EVERYDAY_OBJECTS
 from ...core.layer_choice import LAYERS, trainable
 from ...core.mentions import without
 from ...core.target_pictures import concept_pictures, drawn_of, world_pictures
-from ...core.trials import Meter, picture_rows
+from ...core.trials import Meter, picture_rows, received
 from ...errors import SettingError
 from ...method import Attack, Attempts, Budget, Judge, Prompt, setting
 from ...models.base import Pictures
@@ -99,7 +99,7 @@ class RelearningPictures(Attack):
         Raises:
             SettingError: The data name the concept, nothing is known to train on, or the budget is too small.
         """
-        model.check_family(self)
+        concept, budget, prompts = received(self, model, concept, budget, prompts)
         model.needs("gradients")
         original = model if reference is None else reference
         meter = Meter(model, original)

@@ -41,7 +41,7 @@ from ...core.concept_direction import (
 )
 from ...core.prompt_search import Genetic, Ledger, Result
 from ...core.sampling import remembered
-from ...core.trials import Meter, Trials, assembled, in_batches, item_keys
+from ...core.trials import Meter, Trials, assembled, in_batches, item_keys, received
 from ...errors import SettingError
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 
@@ -118,7 +118,7 @@ class RingABell(Attack):
         share does not pay one generation, or the budget one picture of a found string, it is refused.
         See :meth:`expunge.method.Attack.attack`.
         """
-        model.check_family(self)
+        concept, budget, prompts = received(self, model, concept, budget, prompts)
         original = model if reference is None else reference
         meter = Meter(model, original)
         with original.lifted(), torch.no_grad():

@@ -35,7 +35,7 @@ from ...concept import Concept
 from ...core.adversarial_prompts import Forbidden
 from ...core.prompt_search import Ledger
 from ...core.sampling import SHARED, remembered
-from ...core.trials import Meter, Trials, assembled, in_batches
+from ...core.trials import Meter, Trials, assembled, in_batches, received
 from ...edit import Edit
 from ...errors import CatalogueError, InputError, SettingError
 from ...method import Attack, Attempt, Attempts, Budget, Eraser, Judge, Prompt, Verdicts, setting
@@ -116,7 +116,7 @@ class Transfer(Attack):
             CatalogueError: ``inner`` is no attack on such models, or ``origin`` no eraser.
             InputError: ``file`` or an entry of it cannot be read.
         """
-        model.check_family(self)
+        concept, budget, prompts = received(self, model, concept, budget, prompts)
         original = model if reference is None else reference
         meter = Meter(model, original)
         with original.lifted():

@@ -55,7 +55,7 @@ from ...core.examples import pictures_of_concept
 from ...core.guided_prediction import GuidedPrediction, acts_on_guidance
 from ...core.prompt_search import Ledger, Problem, Simplex
 from ...core.sampling import SHARED, outputs
-from ...core.trials import Meter, Trials, assembled, in_batches, item_keys
+from ...core.trials import Meter, Trials, assembled, in_batches, item_keys, received
 from ...errors import InputError, MissingCapability
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 from ...models.base import noise_generator
@@ -167,7 +167,7 @@ class UnlearnDiffAtk(Attack):
         one that does not pay a single update and its picture is refused.  See
         :meth:`expunge.method.Attack.attack`.
         """
-        model.check_family(self)
+        concept, budget, prompts = received(self, model, concept, budget, prompts)
         original = model if reference is None else reference
         forbidden = Forbidden(model.tokenizer, concept, len(model.token_table()))
         meter = Meter(model, original)

@@ -26,6 +26,7 @@ import torch
 
 from ...concept import Concept
 from ...core import answers, finetune
+from ...core.sampling import as_prompts
 from ...errors import PromptError, SettingError
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, Verdicts, setting
 from ...models.base import noise_generator
@@ -84,9 +85,8 @@ class Relearning(Attack):
             SettingError: The budget does not pay for a single step budget.
         """
         model.check_family(self)
+        prompts = as_prompts(prompts)
         model.needs("gradients", "generate")
-        if not prompts:
-            raise PromptError(f"{self.id}: no prompt was given; at least one is needed")
         curve = self._affordable(budget, len(prompts))
         before = model.cost.snapshot()
         ask = _Asker(self, model, concept, judge, prompts)
