@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -21,7 +23,7 @@ from expunge.core.prompt_search import (
     rule,
 )
 from expunge.core.prompt_search.simplex import repaired
-from expunge.errors import SettingError
+from expunge.errors import NonFiniteError, SettingError
 
 VOCABULARY, WIDTH, PLACES, TOKENS = 200, 64, 4, 8
 FORBIDDEN = (0, 1, 7, 11, 50)
@@ -420,3 +422,22 @@ def test_bad_problems_are_refused(encoder):
         )
     with pytest.raises(SettingError, match="only a score"):
         Pez(steps=1).run(Problem(table, 2, allowed(), score=lambda ids, item: ids.sum(1).float()))
+
+
+def test_small_gradients_survive_half_precision():
+    """A mean over a picture has gradients near float16's smallest number, 2^-24, wherever they pass through it."""
+    table = torch.eye(8, 4).half()
+
+    def loss(vectors, item):
+        return (vectors * 2**-14).float().flatten(1).sum(1) * 2**-12
+
+    problem = Problem(table, 2, torch.ones(8, dtype=torch.bool), loss)
+    value, slope = problem.gradient(table[torch.tensor([[0, 1]])], torch.tensor([0]))
+    assert slope.dtype == torch.float32 and slope.tolist() == [[[2.0**-26] * 4] * 2]
+    assert float(value) == 2 * 2.0**-26
+    for name in ("simplex", "pez", "gcg", "soft"):
+        (found,) = rule(name, steps=2).run(problem, seed=1)
+        assert bool(torch.isfinite(found.vectors).all())
+    broken = dataclasses.replace(problem, loss=lambda v, item: v.flatten(1).sum(1) / 0)
+    with pytest.raises(NonFiniteError, match="not finite"):
+        rule("simplex", steps=2).run(broken, seed=1)

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ...errors import SettingError
+from ...errors import NonFiniteError, SettingError
+from ..training import HALF_SCALE
 
 __all__ = ["Ledger", "Problem", "Realised", "Watch", "nearest_tokens", "project_simplex"]
 
@@ -90,17 +91,27 @@ class Problem:
         return self.allowed.nonzero().flatten()
 
     def gradient(self, vectors: Tensor, item: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss ``(B,)`` and its gradient ``(B, n, d)``; row ``i`` belongs to searched place ``i``."""
+        """Loss ``(B,)`` and its gradient ``(B, n, d)``; row ``i`` belongs to searched place ``i``.
+
+        Raises:
+            NonFiniteError: It is NaN or infinite; the search would stray without a word.
+        """
         if self.loss is None:
             raise SettingError(
                 "this rule follows gradients, but the problem has only a score; use genetic or random"
             )
+        # Losses are means over a picture: unscaled, most of their gradient vanishes on its way through float16.
+        scale = HALF_SCALE if vectors.dtype == torch.float16 else 1.0
         with torch.enable_grad():
             leaf = vectors.detach().clone().requires_grad_(True)
             value = self.loss(leaf, item)
-            (slope,) = torch.autograd.grad(value.sum(), leaf)
+            (slope,) = torch.autograd.grad(value.sum() * scale, leaf)
         if self.counted is not None:
             self.counted(len(item) * self.rows)
+        if scale != 1.0:
+            slope = slope.float() / scale
+        if not bool(torch.isfinite(slope).all()):
+            raise NonFiniteError("the loss of a prompt search has a gradient that is not finite")
         return value.detach(), slope
 
     def scores(self, ids: Tensor, item: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Gcg(Rule):
 
     def advance(self, search: Search) -> Iterator[None]:
         """One swap of every active item."""
-        problem = search.problem
+        problem, table = search.problem, search.problem.table.float()
         while True:
             item = search.item
             if self.realisable and problem.start is None:
@@ -66,7 +66,7 @@ class Gcg(Rule):
             if self.realisable:
                 good &= problem.realisable(search.current[item], item)
             search.offer(search.current[item][good], loss.cpu()[good], item[good])
-            rows = (slope.to(problem.table.dtype) @ problem.table.T).float().cpu()
+            rows = (slope.float() @ table.T).cpu()
             rows = rows if self.aligned else rows.roll(1, dims=1)
             if self.normalise:
                 rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)

@@ -54,7 +54,7 @@ class Simplex(Rule):
                 "simplex: with keep 'last' the answer has no loss to reach a goal with"
             )
         tokens = problem.tokens
-        table = problem.table[tokens]
+        table = problem.table[tokens].float()
         shares = torch.full(
             (problem.items, problem.length, len(tokens)), 1 / len(tokens), device=table.device
         )
@@ -72,9 +72,7 @@ class Simplex(Rule):
                 good = problem.usable(ids, item)
                 search.offer(ids[good], loss.cpu()[good], item[good])
             shares.grad = torch.zeros_like(shares)
-            shares.grad[item] = (
-                (slope.to(table.dtype) @ table.T).clamp(-self.clip, self.clip).float()
-            )
+            shares.grad[item] = (slope.float() @ table.T).clamp(-self.clip, self.clip)
             optimiser.step()
             shares[item] = project_simplex(shares[item])
             peak = shares[item].argmax(-1).cpu()
