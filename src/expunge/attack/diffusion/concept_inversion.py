@@ -359,7 +359,9 @@ class _Inversion:
         made = self.guided.defended(
             clean, noise, times, condition, step=step, graph=self.method.graph
         )
-        return (made.value.float() - wanted.value.float()).square().mean()
+        # Both are of one point, so the difference of the noise is that of what the denoiser predicts, in its scale.
+        gap = made.wide().replace(made.value.float() - wanted.value.float())
+        return gap.epsilon(torch.zeros_like(gap.value)).square().mean()
 
     def _latents(self, index: Tensor, draw: torch.Generator) -> Tensor:
         if self.method.posterior == "mean":
