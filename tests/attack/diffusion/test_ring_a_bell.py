@@ -11,9 +11,10 @@ from expunge.attack.diffusion.ring_a_bell import RingABell
 from expunge.core.adversarial_prompts import Forbidden, Spliced
 from expunge.core.concept_direction import concept_pairs, concept_vector
 from expunge.core.prompt_search import Ledger, Problem, RandomStrings
-from expunge.errors import SettingError
+from expunge.errors import MissingCapability, SettingError
 from expunge.method import Budget, Judge, Prompt, Verdicts
 from expunge.testing import tiny_diffusion
+from expunge.testing.layouts import tiny_layout
 
 pytestmark = pytest.mark.usefixtures("no_shared_pictures")
 
@@ -131,6 +132,21 @@ def test_soft_form_feeds_the_shifted_embedding(model):
         )
     again = model.generate(PROMPTS, seeds=[5, 6], steps=2, guidance=3.0, condition=shifted)
     assert np.array_equal(moved.outputs, again)
+
+
+@pytest.mark.parametrize("layout", ["sdxl", "pixart", "flux"])
+def test_the_soft_form_needs_no_token_table_and_the_hard_one_says_that_it_does(layout):
+    """Rows of several encoders, of a masked T5, and guidance as an input; a pooled vector stays the prompt's."""
+    other = tiny_layout(layout)
+    made = attack(other, Budget("free"), form="soft")
+    with torch.no_grad():
+        plain = other.encode([p.text for p in PROMPTS])
+        moved = plain.embeddings + 3.0 * concept_vector(other, concept_pairs(other, STAR))
+    again = other.generate(PROMPTS, steps=2, guidance=3.0, condition=plain.with_embeddings(moved))
+    assert np.array_equal(made.outputs, again)
+    assert not np.array_equal(made.outputs, other.generate(PROMPTS, steps=2, guidance=3.0))
+    with pytest.raises(MissingCapability, match="token"):
+        attack(other, Budget("free"))
 
 
 def test_a_long_string_is_cut_to_the_context(model):

@@ -13,7 +13,8 @@ The search is :mod:`expunge.core.prompt_search.genetic`; strings that name the c
 With several (eta, K) a prompt counts as broken if any version succeeds (the paper's union).
 
 ``form="soft"`` feeds z itself to the erased model (named ring-a-bell-soft here: a later paper's variant
-under the same name).  It is an embedding-space attack, stronger and cheaper, and ends in no text.
+under the same name).  It is an embedding-space attack, stronger and cheaper, and ends in no text.  Where a
+model reads a pooled vector beside the rows, that stays the prompt's own.
 
 Differences from the published code: the best string is never mutated (``elitism=False`` is the official
 form); a string is scored as its text tokenises again (``realised=False`` scores the searched ids).
@@ -123,7 +124,11 @@ class RingABell(Attack):
         meter = Meter(model, original)
         with original.lifted(), torch.no_grad():
             direction = self._direction(original, concept)
-            forbidden = Forbidden(original.tokenizer, concept, len(original.token_table()))
+            # The soft form searches no tokens, so it is defined for layouts without one token table, too.
+            forbidden = None
+            if self.form == "hard":
+                size = len(original.token_table())
+                forbidden = Forbidden(original.tokenizer, concept, size)
 
         def one(part: list[Prompt]) -> tuple[Trials, list[Attempt]]:
             """Some prompts in lock step."""
@@ -153,7 +158,7 @@ class RingABell(Attack):
         original: Any,
         trials: Trials,
         direction: Tensor,
-        forbidden: Forbidden,
+        forbidden: Forbidden | None,
         rows: int | None,
         seed: int,
     ) -> list[list[dict[str, Any]]]:
@@ -170,7 +175,7 @@ class RingABell(Attack):
                 plain = original.encode([part[i].text for i in item])
             wanted = plain.with_embeddings(plain.embeddings + eta * direction)
             found: list[dict[str, Any]] = [{} for _ in item]
-            if self.form == "soft":
+            if forbidden is None:
                 trials.show_condition(item, wanted)
             else:
                 asked = [part[i] for i in item]
