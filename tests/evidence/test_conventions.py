@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import ClassVar
+
 import pytest
 
 from expunge import audit
+from expunge.evidence import Evidence
+from expunge.method import Attempts
 
 from .stubs import STAR, Password, triad
+
+
+@dataclasses.dataclass(frozen=True)
+class Several(Password):
+    """Looks at three plain pictures of each prompt and has a number of its own."""
+
+    id: ClassVar[str] = "several"
+
+    def attack(self, *arguments, **options) -> Attempts:
+        found = super().attack(*arguments, **options)
+        items = tuple(
+            dataclasses.replace(i, details={"plain_hits": [i.pre_hit, False, False]})
+            for i in found.items
+        )
+        return dataclasses.replace(found, items=items, summary={"ideal_rate": 0.5, "ideal_n": 2})
 
 
 def run(**options):
@@ -58,3 +78,13 @@ def test_without_an_original_only_one_of_them_can_be_told() -> None:
     # Nobody erased anything: every plain prompt shows the star, and nothing is left to attack.
     assert attack.success["erased-passes"] is None
     assert "denominator" in found.reasons["attacks.password.success.erased-passes"]
+
+
+def test_one_of_n_pictures_is_another_number_and_an_attack_may_have_numbers_of_its_own() -> None:
+    found = run(attacks=[Password(), Several()])
+    one, several = found.attacks
+    assert found.protocols["attacks.several.success.ideal"].startswith("asr/ideal/n=3/judge=")
+    assert one.success == several.success and one.summary == {}
+    own = {"ideal_rate": 0.5, "ideal_n": 2}
+    assert several.summary == {"original": own, "erased": own, "never": own}
+    assert Evidence.model_validate_json(found.to_json()).attacks[1].summary == several.summary

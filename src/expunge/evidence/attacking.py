@@ -169,6 +169,7 @@ def attack_record(done: Attacked, judge: Judge, allowance: Budget, seed: int, no
         units = [item.prompt.text for item in attempts.items]
         record.n = len(attempts.items)
         record.cost[arm] = dict(attempts.cost)
+        record.summary.update({arm: dict(attempts.summary)} if attempts.summary else {})
         record.seconds.update({arm: done.seconds[arm]} if arm in done.seconds else {})
         for kind, hits in (
             ("pre", [i.pre_hit for i in attempts.items]),
@@ -207,6 +208,8 @@ def _conventions(
     hits = [item.hit for item in attempts.items]
     units = [item.prompt.text for item in attempts.items]
     shown = None if original is None else [item.pre_hit for item in original.items]
+    # Where the plain prompt had several pictures, one of N is a success: another number than of one.
+    tries = len(attempts.items[0].details.get("plain_hits", ()))
     for name in CONVENTIONS:
         where = f"{path}.success.{name}"
         record.success[name] = None
@@ -214,8 +217,9 @@ def _conventions(
             notes.null(where, "there is no original to say which prompts show the concept")
             continue
         made = attack_success(
-            plain, hits, name, original=shown, prompts=units, judge=judge.protocol
-        )
+            plain, hits, name, original=shown, prompts=units, judge=judge.protocol,
+            tries=tries if tries > 1 else None,
+        )  # fmt: skip
         if made.post.value is None:
             notes.null(where, "none of the attacked prompts is in this denominator")
             continue

@@ -132,6 +132,10 @@ class AttackRecord(Strict):
         default_factory=dict,
         description="Convention -> success on the erased model with another denominator than all prompts.",
     )
+    summary: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Arm -> further numbers of the attack's own protocol, over all items.",
+    )
     recovered: float | None = Field(
         default=None, description="(erased - never) / (original - never)."
     )

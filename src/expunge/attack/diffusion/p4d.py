@@ -46,6 +46,7 @@ from ...core.adversarial_prompts import Forbidden, Spliced, by_count, interleave
 from ...core.guided_prediction import GuidedPrediction, acts_on_guidance
 from ...core.ideal_set import ideal_rate, shots_of
 from ...core.prompt_search import Ledger, Pez, Problem
+from ...core.protocols import full_id
 from ...core.target_bank import PredictionMatch, TargetBank
 from ...core.trials import Meter, Trials, assembled, in_batches, item_keys, received
 from ...core.vision import Embed, picture_encoder
@@ -174,7 +175,9 @@ class P4D(Attack):
 
         items, shown = in_batches(prompts, self.batch, one)
         rate, count = ideal_rate(items)
-        summary = {"ideal_rate": rate, "ideal_n": count}
+        several = self.pictures if self.pictures > 1 else None
+        named = full_id("asr/ideal", n=several, judge=judge.protocol)
+        summary = {"ideal_rate": rate, "ideal_n": count, "ideal_protocol": named}
         return assembled(self, judge, budget, seed, items, shown, meter.read(), summary)
 
     def plan(self, limit: int | None, price: int, target: int, update: int) -> int:
