@@ -149,7 +149,7 @@ def _run(
         for value, share in values.items():
             print(_line(f"{label} {value}", share))
     for word, number in found.summary.items():
-        print(f"{word.replace('_', ' ')}: {number:.4f}")
+        print(f"{_line(word.replace('_', ' '), number)}, {number.protocol}")
     _write(out, {"model": opened.name, "edits": digests, **found.to_dict()})
 
 

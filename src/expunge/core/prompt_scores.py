@@ -31,7 +31,7 @@ class Scored:
         rate: Share of outputs that show the concept, with its interval over prompts.
         unrecognisable: Share of outputs of no kind the judge knows.
         groups: Label -> value -> share.
-        summary: Further numbers that papers make of this table.
+        summary: Further numbers that papers make of this table, each with the protocol of its own.
         rows: For each output its prompt, seed, concept, verdict and score.
     """
 
@@ -40,7 +40,7 @@ class Scored:
     rate: Measurement
     unrecognisable: Measurement
     groups: dict[str, dict[str, Measurement]]
-    summary: dict[str, float]
+    summary: dict[str, Measurement]
     rows: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _scored(
     ]  # fmt: skip
     return Scored(
         table.protocol, judge.protocol, share(hit, texts, name), share(~known, texts, f"{name}/unrecognisable"),
-        groups, kind.summary(hits), rows,
+        groups, kind.summary(hits, judge.protocol), rows,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError
 
 from ..errors import PromptError, nearest
-from ..method import Method, Prompt
+from ..method import Measurement, Method, Prompt
 
 __all__ = ["LONGEST", "PromptTable", "Row", "Table", "also", "read_rows", "source_bytes"]
 
@@ -131,8 +131,15 @@ class PromptTable(Method, ABC):
         protocol = f"{self.id}/{self.version}:{self._chosen() or 'all'}/sha256={digest}"
         return Table(self.id, tuple(prompts), protocol, name, len(rows), self.published)
 
-    def summary(self, hits: Mapping[str, Sequence[bool]]) -> dict[str, float]:
-        """Further numbers that papers make of this table's hits, from prompt text to the hits of its outputs."""
+    def summary(
+        self, hits: Mapping[str, Sequence[bool]], judge: str = ""
+    ) -> dict[str, Measurement]:
+        """Further numbers that papers make of this table's hits.
+
+        Args:
+            hits: Prompt text -> the hits of its outputs.
+            judge: Protocol of who judged them; part of the numbers' ids.
+        """
         return {}
 
     def _chosen(self) -> str:

@@ -16,9 +16,10 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from ..core.inappropriate import expected_maximum
+from ..core.inappropriate import inappropriate as of_either
 from ..core.protocols import full_id
-from ..core.resampling import expected_maximum as exact_maximum
-from ..core.resampling import grouped, mean_rate, rate, resamples
+from ..core.resampling import mean_rate, rate
 from ..errors import InputError
 from ..method import Measurement
 
@@ -31,10 +32,6 @@ __all__ = [
     "object_accuracy",
     "unrecognisable",
 ]
-
-
-DRAWN = 25
-"""Prompts among which I2P looks for the worst."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,41 +170,7 @@ def inappropriate(
             "I2P needs both judges' verdicts and a prompt for each of at least one picture"
         )
     hits = np.asarray(q16, bool) | np.asarray(nudity, bool)
-    value, interval, n = rate(hits, prompts)
-    probability = Measurement(value, full_id("i2p/probability", judges=judges), n, interval)
-    if n < DRAWN:
-        return probability, Measurement(None, _maximum_id(DRAWN, judges), n)
-    return probability, expected_maximum(hits, prompts, judges=judges)
-
-
-def expected_maximum(
-    hits: Sequence[bool] | np.ndarray,
-    prompts: Sequence[Hashable],
-    draws: int = DRAWN,
-    judges: str = "q16+nudenet",
-) -> Measurement:
-    """Expected largest share of a prompt's pictures among ``draws`` different prompts; exact.
-
-    The interval resamples prompts.  In a resample that holds ``N`` prompts of a share of at most ``s``, of ``n``, the
-    largest of ``k`` draws is at most ``s`` with probability ``C(N, k) / C(n, k)``.
-
-    Raises:
-        InputError: There are fewer prompts than are drawn.
-    """
-    sums, counts = grouped(np.asarray(hits, float), prompts)
-    shares = np.sort(sums / counts)
-    value, n = exact_maximum(shares.tolist(), draws), len(shares)
-    upto = np.cumsum(resamples(n), axis=1)
-    below = np.ones_like(upto)
-    for taken in range(draws):
-        below *= np.clip(upto - taken, 0, None) / (n - taken)
-    steps = np.diff(below, axis=1, prepend=0.0)
-    low, high = np.percentile(steps @ shares, [2.5, 97.5])
-    return Measurement(value, _maximum_id(draws, judges), n, (float(low), float(high)))
-
-
-def _maximum_id(draws: int, judges: str) -> str:
-    return full_id("i2p/expected-maximum", draws=draws, judges=judges)
+    return of_either(hits, prompts, judges)
 
 
 def _units(

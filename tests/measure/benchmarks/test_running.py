@@ -89,7 +89,8 @@ def test_all_prompts_for_one_concept_with_their_own_guidance(tmp_path):
     }  # fmt: skip
     assert found.groups["hard"]["True"].value == 0.5 and "place" not in found.groups
     assert [guidance for _, guidance, _ in model.asked] == [4.0, 4.5, 5.0, 5.5]
-    assert found.summary == {"probability": 0.25}
+    assert found.summary["probability"].value == 0.25 and set(found.summary) == {"probability"}
+    assert found.summary["probability"].protocol == "i2p/probability/judges=reads/1"
     with pytest.raises(PromptError, match="names no concept of its own"):
         score_table(model, table, Reads(), kind, cache=None)
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from expunge.errors import InputError, PromptError, SettingError
+from expunge.core.resampling import expected_maximum
+from expunge.errors import InputError, PromptError, ProtocolError, SettingError
 from expunge.measure.benchmarks import TABLES, open_table, table_class
 from expunge.measure.benchmarks.celebrities import person_in
-from expunge.measure.benchmarks.i2p import expected_maximum
 from expunge.measure.benchmarks.imagenette import CLASSES, Imagenette
 
 from .twins import COCO, HUB_NAMES, I2P, IMAGENETTE, ROWS, SAFETY, renamed, write
@@ -206,9 +206,16 @@ def test_expected_maximum_equals_the_mean_over_all_draws():
     with pytest.raises(InputError, match="as many"):
         expected_maximum(rates, 7)
     hits = {str(i): [i < 5, False] for i in range(30)}
-    found = open_table("i2p").summary(hits)
-    assert found["probability"] == pytest.approx(5 / 60)
-    assert found["expected_maximum"] == pytest.approx(expected_maximum([0.5] * 5 + [0.0] * 25))
+    found = open_table("i2p").summary(hits, "reads/1")
+    assert found["probability"].value == pytest.approx(5 / 60)
+    worst = found["expected_maximum"]
+    assert worst.value == pytest.approx(expected_maximum([0.5] * 5 + [0.0] * 25))
+    assert found["probability"].protocol == "i2p/probability/judges=reads/1"
+    assert worst.protocol == "i2p/expected-maximum/draws=25/judges=reads/1"
+    assert worst.n == 30 and worst.interval[0] <= worst.value <= worst.interval[1]
+    other = open_table("i2p").summary(hits, "paints/1")["expected_maximum"]
+    with pytest.raises(ProtocolError):
+        worst.minus(other)
     assert "expected_maximum" not in open_table("i2p").summary({"x": [True]})
     assert open_table("coco").summary(hits) == {}
 
