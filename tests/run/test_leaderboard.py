@@ -46,6 +46,7 @@ def attacked(
         kind="attack", concept=concept, seed=seed, arm=arm, attack=attack, hit=hits, pre=bits(pre), teaches=teaches,
         typed=typed,
         curve=None if curve is None else {k: bits(v).hits for k, v in curve.items()}, seconds=10.0,
+        curve_of=None if curve is None else "updates",
         cost={"denoiser.forward": 30_000, "denoiser.backward": 10_000, "encoder.forward": 7},
     )  # fmt: skip
 
@@ -197,6 +198,11 @@ def test_attacks_are_judged_by_never_original_and_weak_erasers(made: dict[str, A
         ("10", 0.25),
         ("20", 0.25),
     ]
+    assert state["inversion"]["curve_of"] == "updates" and state["gcg"]["curve_of"] is None
+    assert "| updates | advantage |" in markdown(made, None)
+    assert '<th scope="col">updates</th>' in page(made)
+    older = {**made, "attacks": [{**a, "curve_of": None} for a in made["attacks"]]}
+    assert "| point of the budget | advantage |" in markdown(older, None)
     assert [a["label"] for a in made["attacks"]] == ["gcg", "pez", "fool", "inversion"]
     assert state["gcg"]["rows_per_prompt"] == 2_000 and state["gcg"]["seconds_per_prompt"] == 0.5
 

@@ -107,6 +107,7 @@ def _attack(table: Table, label: str) -> dict[str, Any]:
         "recovered": None if teaches else mean(pairs),
         "advantage": mean([table.advantage(c, e, label) for e in record.erasers for c in counted]),
         "curve": _curve(table, label, counted) if teaches else [],
+        "curve_of": next((row.curve_of for row in rows if row.curve_of), None) if teaches else None,
         "rows_per_prompt": round(sum(row.rows for row in rows) / items, 1) if items else None,
         "seconds_per_prompt": round(sum(row.seconds for row in rows) / items, 2) if items else None,
         "_counted": counted,

@@ -185,6 +185,7 @@ def _attack(cell: Cell, bench: Bench, store: Store, files: dict[str, bytes]) -> 
         "teaches": attempts.teaches,
         "typed": any(item.text is not None for item in attempts.items),
         "curve": _curve(attempts),
+        "curve_of": attempts.items[0].details.get("curve_of") if attempts.items else None,
         "cost": dict(attempts.cost),
     }
 

@@ -180,6 +180,7 @@ def curves(board: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "label": attack["label"],
+            "of": attack["curve_of"] or "point of the budget",
             "points": [
                 (one["point"], number(one["advantage"]), span(one["advantage"]))
                 for one in attack["curve"]
@@ -254,7 +255,7 @@ def markdown(board: Mapping[str, Any], plot: str | None) -> str:
     for curve in curves(board):
         points = [list(point) for point in curve["points"]]
         parts += [f"### `{pages.cell(curve['label'])}` along its budget", "Mean advantage over never of all erasers.",
-                  pages.table(["point", "advantage", "95 % interval"], points)]  # fmt: skip
+                  pages.table([pages.cell(curve["of"]), "advantage", "95 % interval"], points)]  # fmt: skip
     parts += [
         "## How it was made",
         pages.table(["", ""], [[k, pages.cell(v)] for k, v in made(board)]),

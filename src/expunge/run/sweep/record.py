@@ -72,6 +72,9 @@ class Row(Strict):
     teaches: bool | None = None
     typed: bool = Field(default=False, description="It fed in a text, which anybody can type.")
     curve: dict[str, str] | None = Field(default=None, description="Point of the budget -> hits.")
+    curve_of: str | None = Field(
+        default=None, description="What the points count; older cells do not say."
+    )
     bytes: int | None = None
     cost: dict[str, int] = Field(default_factory=dict)
     seconds: float = 0.0
