@@ -11,6 +11,7 @@ Model setting, watermark, preset ``world``, edits of three training seeds:
     problem      the model draws the watermark; its name in a plain negative text changes the rate by less than 10
                  points
     model        the rate falls by at least a third, and every weight stays bit for bit
+    control      token rows that have learnt nothing lower it less
     positive     a caption with the tokens of a place draws the watermark with its centre in that bin in half of the
                  pictures (chance is one in 16)
     boxes        boxes jittered to an overlap (IoU) of 0.4 lose at most half of the gain, boxes drawn at random nearly
@@ -216,6 +217,17 @@ def test_tokens_alone_lower_the_rate() -> None:
         "Share of watermarks, down by at least a third with every weight bit for bit; objects beside it.",
         **scores("original", before),
         **scores("geom-erasing", after),
+    )
+
+
+def test_it_is_what_the_tokens_learnt() -> None:
+    learnt, began = shown("watermark")[0], shown("watermark", steps=1, lr=0.0)[0]
+    assert setup.settle(
+        GeomErasing,
+        "learnt-tokens-lower-it-further",
+        learnt.mean() < began.mean(),
+        {"original": original()[0], "geom-erasing": learnt, "rows as they begin": began},
+        "Control: the same negative text with token rows that have learnt nothing.",
     )
 
 
