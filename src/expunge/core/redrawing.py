@@ -29,7 +29,7 @@ from .target_pictures import (
     said_of_another,
     world_pictures,
 )
-from .trials import Meter, picture_rows
+from .trials import Meter, picture_rows, received
 
 __all__ = ["Redrawing", "Targets", "redraw", "walked_rows"]
 
@@ -152,7 +152,7 @@ class Redrawing(Attack):
         Strengths that the budget does not pay for are left out, the largest first.  See
         :meth:`expunge.method.Attack.attack`.
         """
-        model.check_family(self)
+        concept, budget, prompts = received(self, model, concept, budget, prompts)
         original = model if reference is None else reference
         meter = Meter(model, original)
         guidance = model.guidance if self.guidance is None else self.guidance

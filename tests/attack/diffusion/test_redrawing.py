@@ -12,7 +12,7 @@ from expunge.attack.diffusion.img2img import ImageToImage
 from expunge.attack.diffusion.inpainting import Inpainting
 from expunge.core.redrawing import Targets, walked_rows
 from expunge.erase.diffusion.uce import UCE
-from expunge.errors import SettingError
+from expunge.errors import PromptError, SettingError
 from expunge.method import BUDGETS, Budget, Judge, Prompt, Verdicts
 from expunge.models.base import Companions, Pictures
 from expunge.testing import tiny_diffusion
@@ -68,6 +68,15 @@ def test_targets_are_the_unerased_models_pictures_of_the_same_prompts(kind):
     assert len(judge.seen) == 4 and np.array_equal(made.outputs, judge.seen[3])
     assert list(made.items[0].details["curve"]) == ["0.5", "1"]
     assert made.items[0].details["target"] == "original"
+
+
+@pytest.mark.parametrize("kind", [ImageToImage, Inpainting])
+def test_names_and_bare_texts_will_do_and_what_is_no_text_is_said(kind):
+    model = tiny_diffusion()
+    made = kind(**SMALL).attack(model, "star", Seeing(), "quick", prompts=["star", ""])
+    assert [item.prompt for item in made.items] == [Prompt("star", 0), Prompt("", 1)]
+    with pytest.raises(PromptError, match="prompt 1 is None"):
+        kind(**SMALL).attack(model, STAR, Seeing(), Budget("b"), prompts=[None])
 
 
 def test_rows_of_an_item_and_strengths_that_are_left_out():
