@@ -101,6 +101,16 @@ def test_a_run_folder_goes_on_and_refuses_other_texts(model, tmp_path):
         made(model, tmp_path, texts=TEXTS[:-1])
 
 
+@pytest.mark.parametrize("folder", [False, True])
+def test_hidden_states_beyond_half_precision_are_kept_whole(tmp_path, folder):
+    large = tiny_diffusion()
+    with torch.no_grad():  # as the hidden states of T5 are
+        large.text_encoder.get_input_embeddings().weight.mul_(1e8)
+    found = made(large, tmp_path if folder else None)
+    assert found.quality["mse"] < float("inf") and torch.isfinite(found.bias).all()
+    assert float(found.bias.abs().max()) > 65_504
+
+
 def test_a_random_one_learnt_nothing_but_the_median(model):
     random, learnt = made(model, untrained=True), made(model)
     assert random.quality["held_out"] and not random.trained

@@ -47,6 +47,9 @@ HELD_OUT = 20
 
 BATCH = 64
 
+LARGE = 2.0**14
+"""Held-out hidden states from this size on are not kept in float16, which ends at four times as much."""
+
 
 def rows_of(rows: Rows, padding: int | None, starts: bool, generator: torch.Generator) -> Tensor:
     """The hidden states that an autoencoder learns from, ``(m, d)``.
@@ -136,16 +139,19 @@ def _train(
     def rows(listed: Sequence[str], purpose: str) -> Iterator[Tensor]:
         draw = noise_generator(int(source["seed"]), "padding rows", purpose)
         for part in recorded(model, [site], listed, batch=BATCH):
-            yield rows_of(part[site.tower], source["padding"], bool(source["starts"]), draw).half()
+            yield rows_of(part[site.tower], source["padding"], bool(source["starts"]), draw)
 
-    # Half precision: what is kept for the whole training is the largest thing here.
+    unseen = torch.cat(list(rows(held, "held out")))
+    # Half precision: what is kept for the whole training is the largest thing here.  Hidden states of T5 do not fit it.
+    dtype = torch.float16 if float(unseen.abs().max()) < LARGE else torch.float32
+    unseen = unseen.to(dtype).float()
     if folder is None:
-        learnt: Any = torch.cat(list(rows(own, "training")))
+        learnt: Any = torch.cat([part.to(dtype) for part in rows(own, "training")])
     else:
         learnt = ActivationCache.write(
-            folder / "hidden", rows(own, "training"), source=json.dumps(source, sort_keys=True)
-        )
-    unseen = torch.cat(list(rows(held, "held out"))).float()
+            folder / "hidden", rows(own, "training"), dtype=str(dtype).removeprefix("torch."),
+            source=json.dumps(source, sort_keys=True),
+        )  # fmt: skip
     if untrained:
         return random_start(learnt, config, int(source["seed"]), unseen)
     made = fit(learnt, config, seed=int(source["seed"]), run=folder, held_out=unseen)
