@@ -95,6 +95,14 @@ def test_blocks_and_all_layers(model):
     assert not any(n.startswith(("vae", "text_encoder")) or "norm" in n for n in everything)
 
 
+def test_layers_that_see_the_size_of_a_picture_have_no_adapter():
+    sized = tiny_layout("pixart", sample_size=128)
+    assert any(".resolution_embedder." in name for name in sized.tensors())
+    chosen = SPM(layers="all")._weights(sized)
+    assert "transformer.adaln_single.linear.weight" in chosen
+    assert not any("resolution" in name or "aspect_ratio" in name for name in chosen)
+
+
 @pytest.mark.parametrize(("layout", "block"), [
     ("sdxl", ".attentions."), ("pixart", ".transformer_blocks."), ("sana", ".transformer_blocks."),
     ("sd3", ".transformer_blocks."), ("flux", "transformer_blocks."),

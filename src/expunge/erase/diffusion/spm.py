@@ -56,6 +56,9 @@ from ...models.types import Condition
 
 __all__ = ["SPM"]
 
+SIZES = (".resolution_embedder.", ".aspect_ratio_embedder.")
+"""Layers that see the size of a picture."""
+
 SIDES = (4 / 8, 5 / 8, 6 / 8, 7 / 8)
 """Sides of training pictures over the model's own, where they are random."""
 
@@ -188,7 +191,9 @@ class SPM(Eraser):
     def _weights(self, model: DiffusionModel) -> list[str]:
         part, possible = f"{model.layout.part}.", set(adaptable(model))
         names = block_weights(model) if self.layers == "blocks" else model.tensors()
-        return [name for name in names if name.startswith(part) and name in possible]
+        chosen = [name for name in names if name.startswith(part) and name in possible]
+        # PixArt embeds the sides of a picture one by one: rows that stand for no text, so nothing says how far to open.
+        return [name for name in chosen if not any(sides in name for sides in SIZES)]
 
     def _tensors(self, adapters: LowRank, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """The factors as an edit carries them: kernels of convolutions in their own shape."""
