@@ -210,6 +210,15 @@ def test_another_version_or_a_control_that_fails_leaves_nothing(model, monkeypat
         assert same(model, before) and objects(model) == kept
 
 
+def test_a_setting_that_the_method_does_not_have_is_refused_and_nothing_is_touched(model):
+    edit, before, kept = Toy().erase(model, STAR), values(model), objects(model)
+    settings = {**edit.manifest.settings, "factr": 0.5}
+    other = Edit(edit.manifest.model_copy(update={"settings": settings}), edit.tensors)
+    with pytest.raises(EditFormatError, match="names the setting 'factr'"):
+        other.apply(model)
+    assert same(model, before) and objects(model) == kept
+
+
 def test_a_method_without_a_control_and_a_model_without_controls_are_refused(model):
     from expunge.erase.diffusion.uce import UCE
 

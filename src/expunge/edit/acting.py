@@ -5,9 +5,10 @@ A file names a method, never a class path, so a file cannot choose which code ru
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
-from ..errors import CatalogueError, MissingCapability, WrongMethod
+from ..errors import CatalogueError, EditFormatError, MissingCapability, WrongMethod, nearest
 
 if TYPE_CHECKING:
     from ..method import Control, Eraser
@@ -49,7 +50,13 @@ def check(edit: Edit, model: Model) -> None:
             f"the edit of {edit.manifest.method} acts while the model runs; {model.name} ({model.family}) "
             "takes no controls"
         )
-    method_of(edit.manifest)
+    method, settings = method_of(edit.manifest), edit.manifest.settings
+    known = {field.name for field in dataclasses.fields(method)}
+    for name in sorted(settings.keys() - known):
+        raise EditFormatError(
+            f"the edit of {method.id} names the setting {name!r}, which version {method.version} of it does not have"
+            f"{nearest(name, known)}"
+        )
 
 
 def build(edit: Edit, model: Model) -> Control:

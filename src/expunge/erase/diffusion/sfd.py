@@ -289,7 +289,7 @@ class SFD(Eraser):
     @classmethod
     def control(cls, edit: Edit, model: DiffusionModel) -> Control:
         """One-step sampling at the edit's ``t_init``."""
-        return OneStepSampling(int(edit.manifest.settings["t_init"]))
+        return OneStepSampling(cls(**edit.manifest.settings).t_init)
 
 
 def _told(asks: ForgetPrompts) -> dict[str, Any]:
