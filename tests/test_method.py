@@ -32,6 +32,20 @@ class Sample(Method):
     betas: tuple[float, float] = setting((0.9, 0.99), "two of them")
 
 
+@dataclasses.dataclass(frozen=True)
+class Listing(Method):
+    """A method of another package, whose setting is a list."""
+
+    id: ClassVar[str] = "listing"
+
+    names: Any = setting(None, "names")
+
+
+def test_a_setting_of_any_type_is_stored_as_it_is():
+    given = ["a"]
+    assert Listing(given).names is given
+
+
 def test_texts_are_converted():
     made = Sample.configured(None, steps="5", lr="1e-3", on="yes", how="slow", curve="3, 4")
     assert made == Sample(5, 1e-3, True, "slow", (3, 4))

@@ -55,11 +55,12 @@ class Method:
         kinds = _kinds(own)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, list):  # as files have them
-                value = tuple(value)
-                object.__setattr__(self, field.name, value)
             if field.metadata and field.name in kinds:
-                _check_kind(self.id, field.name, value, kinds[field.name])
+                options = _options(kinds[field.name])
+                if isinstance(value, list) and any(typing.get_origin(o) is tuple for o in options):
+                    value = tuple(value)  # files have lists
+                    object.__setattr__(self, field.name, value)
+                _check_kind(self.id, field.name, value, options)
             _check(self.id, field, value)
 
     @classmethod
@@ -164,9 +165,8 @@ def _kinds(method: type[Method]) -> Mapping[str, Any]:
         return {}
 
 
-def _check_kind(method: str, name: str, value: Any, kind: Any) -> None:
-    """Refuse a value of another type than the setting's, before a loop far inside stumbles over it."""
-    options = _options(kind)
+def _check_kind(method: str, name: str, value: Any, options: Sequence[Any]) -> None:
+    """Refuse a value of none of the setting's types, before a loop far inside stumbles over it."""
     if not any(_is_of(value, option) for option in options):
         wanted = " or ".join(_spoken(option) for option in options)
         raise SettingError(f"{method}: {name} is {value!r}; allowed is {wanted}")
