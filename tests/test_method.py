@@ -38,7 +38,7 @@ class Listing(Method):
 
     id: ClassVar[str] = "listing"
 
-    names: Any = setting(None, "names")
+    names: Any = setting(None, "names")  # noqa: RUF009  # a field, which is frozen
 
 
 def test_a_setting_of_any_type_is_stored_as_it_is():
