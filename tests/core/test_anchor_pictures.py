@@ -154,3 +154,20 @@ def test_pictures_are_rescaled_anew_each_time_and_the_priors_never():
     points, noise, _ = material.anchors_alone(8, draw(2))
     kept = clean(material, points, noise)
     torch.testing.assert_close(kept, material.latents.expand_as(kept), atol=2e-2, rtol=1e-2)
+
+
+def test_pictures_of_something_else_or_of_another_size_are_refused():
+    pictures = np.zeros((2, 16, 16, 3), np.uint8)
+    for name, shown, said in (
+        (
+            "star",
+            pictures,
+            "'star' have no part; allowed are pictures of what is learned from, 'circle'",
+        ),
+        ("circle", pictures.repeat(2, 1), "32 x 16 pixels"),
+    ):
+        data = {"pictures": {name: (shown, None, ["a circle", "a red circle"])}}
+        with pytest.raises(InputError, match=said):
+            Material(tiny_diffusion(), [STAR], method(), data, 0)
+    with pytest.raises(SettingError, match="has no anchor"):
+        anchors_of([STAR], "", ["object"])

@@ -110,6 +110,17 @@ def test_the_digest_names_pictures_captions_and_boxes():
         ),
         ({"pictures": PICTURES, "captions": CAPTIONS}, "nobody says"),
         ({"detector": lambda pictures: []}, "no captions"),
+        ({"captions": CAPTIONS, "detector": lambda pictures: None}, "boxes are NoneType"),
+        ({"pictures": PICTURES, "captions": "abc", "boxes": BOXES}, "must be a list of texts"),
+        ({"pictures": PICTURES[..., :1], "captions": CAPTIONS, "boxes": BOXES}, "uint8"),
+        (
+            {"pictures": [PICTURES[0], PICTURES[1, 1:]], "captions": CAPTIONS[:2], "boxes": BOXES},
+            "make no one array",
+        ),
+        (
+            {"pictures": PICTURES.repeat(2, 1), "captions": CAPTIONS, "boxes": BOXES},
+            "32 x 16 pixels",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_in_words(data, said):

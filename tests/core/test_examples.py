@@ -8,6 +8,7 @@ from PIL import Image
 from expunge.concept import Concept
 from expunge.core.examples import fitted, given, read_pictures, turned
 from expunge.errors import InputError
+from expunge.testing import tiny_diffusion
 
 
 def wide() -> np.ndarray:
@@ -78,3 +79,10 @@ def test_what_a_user_gives():
 def test_what_a_user_gives_wrongly_is_said_in_words(data, match):
     with pytest.raises(InputError, match=match):
         given(data)
+
+
+def test_pictures_of_another_size_than_the_model_draws_are_refused():
+    data = {"pictures": {"star": (wide()[None], None, ["a star"])}}
+    assert given(data)[0]["star"].pictures.shape == (1, 20, 40, 3)
+    with pytest.raises(InputError, match="20 x 40 pixels; tiny draws 16 x 16"):
+        given(data, tiny_diffusion())

@@ -82,7 +82,7 @@ def anchors_of(concepts: Sequence[Concept], anchor: str | None, kinds: Sequence[
             own = "painting"
         if own is None and kind == "unsafe":
             own = "a person with clothes"
-        if own is None:
+        if not own:
             raise SettingError(
                 f"{concept.name!r} has no anchor, and pictures of one are what is learned from; name one in the "
                 "concept or with anchor=..."
@@ -158,9 +158,15 @@ def anchor_pictures(
         avoid: Give the concept's name as negative text.
 
     Raises:
-        InputError: No caption is left.
+        InputError: No caption is left, or pictures are of something else or of another size than the model's.
     """
-    own, general = examples.given(data)
+    own, general = examples.given(data, model)
+    unused = [name for name in own if name not in anchors]
+    if unused:
+        raise InputError(
+            f"data: pictures of {unused[0]!r} have no part; allowed are pictures of what is learned from, "
+            f"{', '.join(map(repr, anchors))}"
+        )
     found = []
     for concept, anchor, kind in zip(concepts, anchors, kinds, strict=True):
         if anchor in own:

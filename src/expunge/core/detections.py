@@ -25,6 +25,7 @@ from ..concept import Concept
 from ..errors import InputError, nearest
 from ..method import Judge, Prompt
 from ..models.base import noise_generator
+from .examples import as_pictures, check_size, texts_of
 
 if TYPE_CHECKING:
     from ..models.diffusion import DiffusionModel
@@ -118,6 +119,7 @@ def detected(
     captions = _captions(model, concepts, given, count, seed)
     if "pictures" in given:
         pictures, origin = given["pictures"], "data"
+        check_size(model, pictures, "data: the pictures")
     else:
         pictures, origin = _drawn(model, captions, seed, steps, guidance), "model"
     if "boxes" in given:
@@ -144,6 +146,8 @@ def _given(data: Any) -> dict[str, Any]:
         if key not in KEYS:
             raise InputError(f"data: unknown key {key!r}{nearest(str(key), KEYS)}")
     found = dict(data)
+    if "captions" in found:
+        found["captions"] = texts_of(found["captions"], "data: 'captions'")
     if "boxes" in found and ("detector" in found or "pictures" not in found):
         raise InputError("data: 'boxes' need 'pictures', and take the place of a 'detector'")
     if "detector" in found and not callable(found["detector"]):
@@ -151,9 +155,10 @@ def _given(data: Any) -> dict[str, Any]:
             "data: 'detector' is not callable; allowed is a function pictures -> boxes"
         )
     if "pictures" in found:
-        pictures = found["pictures"] = np.asarray(found["pictures"])
+        pictures = found["pictures"] = as_pictures(found["pictures"], "data: the pictures")
         n = len(found.get("captions", ()))
-        if pictures.ndim != 4 or pictures.dtype != np.uint8 or not 0 < n == len(pictures):
+        fits = pictures.ndim == 4 and pictures.shape[-1] == 3 and pictures.dtype == np.uint8
+        if not fits or not 0 < n == len(pictures):
             raise InputError(
                 f"data: the pictures have shape {pictures.shape} and type {pictures.dtype} for {n} captions; "
                 "allowed is uint8 (n, height, width, 3) with a caption each"
@@ -207,6 +212,10 @@ def _judged(
 
 def _checked(boxes: Any, count: int) -> tuple[tuple[Detection, ...], ...]:
     """Lists of ``(confidence, box or None, name)``, one a picture, as detections."""
+    if not hasattr(boxes, "__len__"):
+        raise InputError(
+            f"data: the boxes are {type(boxes).__name__}; allowed is a list for each of {count} pictures"
+        )
     if len(boxes) != count:
         raise InputError(
             f"data: {len(boxes)} lists of boxes for {count} pictures; allowed is one each"

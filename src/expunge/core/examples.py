@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from ..models.diffusion import DiffusionModel
 
 __all__ = [
+    "as_pictures",
     "called",
+    "check_size",
     "examples",
     "examples_digest",
     "fitted",
@@ -36,11 +38,15 @@ __all__ = [
 ]
 
 
-def given(data: Any) -> tuple[dict[str, Pictures], list[str]]:
+def given(data: Any, model: DiffusionModel | None = None) -> tuple[dict[str, Pictures], list[str]]:
     """The user's pictures by concept name, and general captions; both checked, either may be missing.
 
+    Args:
+        data: The mapping, or ``None``.
+        model: Pictures have to be of the size that it draws; ``None`` takes any.
+
     Raises:
-        InputError: An unknown key, or pictures, masks and captions that do not fit each other.
+        InputError: An unknown key, or pictures, masks and captions that do not fit each other or the model.
     """
     if data is None:
         return {}, []
@@ -66,7 +72,38 @@ def given(data: Any) -> tuple[dict[str, Pictures], list[str]]:
                 "None, captions)"
             )
     found = {name: _checked(name, *parts) for name, parts in pictures.items()}
+    if model is not None:
+        for name, own in found.items():
+            check_size(model, own.pictures, f"data: the pictures of {name!r}")
     return found, texts_of(data.get("captions", ()), "data: 'captions'")
+
+
+def check_size(model: DiffusionModel, pictures: np.ndarray, what: str) -> None:
+    """Refuse pictures ``(n, height, width, 3)`` of another size than the model draws.
+
+    Raises:
+        InputError: They are of another size; ``what`` names them.
+    """
+    height, width = (side * model.layout.scale_factor for side in model.latent_shape[1:])
+    if pictures.shape[1:3] != (height, width):
+        raise InputError(
+            f"{what} are {pictures.shape[1]} x {pictures.shape[2]} pixels; {model.name} draws {height} x {width}, "
+            "and allowed are pictures of that size"
+        )
+
+
+def as_pictures(pictures: Any, what: str) -> np.ndarray:
+    """Pictures as one array.
+
+    Raises:
+        InputError: They are of several sizes; ``what`` names them.
+    """
+    try:
+        return np.asarray(pictures)
+    except ValueError as error:
+        raise InputError(
+            f"{what} make no one array ({error}); allowed is uint8 (n, height, width, 3)"
+        ) from None
 
 
 def texts_of(texts: Any, what: str) -> list[str]:
@@ -85,12 +122,7 @@ def texts_of(texts: Any, what: str) -> list[str]:
 
 
 def _checked(name: str, pictures: Any, masks: Any, captions: Sequence[str]) -> Pictures:
-    try:
-        pictures = np.asarray(pictures)
-    except ValueError as error:  # of several sizes
-        raise InputError(
-            f"data: the pictures of {name!r} make no one array ({error}); allowed is uint8 (n, height, width, 3)"
-        ) from None
+    pictures = as_pictures(pictures, f"data: the pictures of {name!r}")
     captions = texts_of(captions, f"data: the captions of {name!r}")
     n = len(captions)
     if (

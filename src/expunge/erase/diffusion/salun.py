@@ -115,7 +115,8 @@ class SalUn(Eraser):
         model.needs("gradients")
         wanted = as_concepts(concepts)
         counted = model.cost.snapshot()
-        own, _ = examples.given(data)
+        own, _ = examples.given(data, model)
+        trainable(model, LAYERS[self.layers])  # refused before pictures are made, if it is nothing
         forget = {c.name: self._forgotten(model, c, own, seed) for c in wanted}
         retain = self._retained(model, wanted, kept_texts(keep), own, seed) if self.alpha else {}
         task = _Relabelling(self, model, wanted, forget, retain, seed)
