@@ -5,7 +5,11 @@ Several erasers and attacks train on prompts drawn from these lists; which one g
 
 from __future__ import annotations
 
-__all__ = ["OBJECT", "PERSON", "STYLE", "inversion_templates"]
+from collections.abc import Iterable
+
+from ..errors import SettingError
+
+__all__ = ["OBJECT", "PERSON", "STYLE", "inversion_templates", "with_place"]
 
 OBJECT = (
     "a photo of a {}", "a rendering of a {}", "a cropped photo of the {}", "the photo of a {}",
@@ -38,3 +42,16 @@ PERSON = ("a photo portrait of {}", "a DSLR portrait of {}")
 def inversion_templates(kind: str) -> tuple[str, ...]:
     """The list for a kind of concept: that of styles, or that of objects for all others."""
     return STYLE if kind == "style" else OBJECT
+
+
+def with_place(method: str, name: str, templates: Iterable[str]) -> None:
+    """Refuse templates of a setting that have no ``{}`` where the name of a concept stands.
+
+    Raises:
+        SettingError: One has none: texts made from it would not name the concept.
+    """
+    for template in templates:
+        if "{}" not in template:
+            raise SettingError(
+                f"{method}: {name} holds {template!r}, which names no concept; allowed are texts with {{}} in its place"
+            )

@@ -292,6 +292,10 @@ def test_the_form_follows_the_number_of_concepts_or_the_setting(model):
     assert single["form"] == "single" and len(single["density_after_each_map"]) == 8
     multi = ANT(**QUICK, form="multi").erase(model, "star", data=CAPTIONS)
     assert multi.manifest.report["form"] == "multi"
+    with pytest.raises(SettingError, match="walks with the frozen model"):
+        ANT(**QUICK, form="multi", walked="student").erase(model, "star", data=CAPTIONS)
+    with pytest.raises(SettingError, match="map_templates holds 'a star'"):
+        ANT(**{**QUICK, "map_templates": ("{}", "a star")}).erase(model, "star")
     with pytest.raises(SettingError, match="nothing to preserve"):
         ANT(**{**QUICK, "domain_scale": 0.0}, form="multi").erase(tiny_diffusion(), "star")
 

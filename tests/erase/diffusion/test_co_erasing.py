@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from expunge.concept import Concept
-from expunge.core import scores
+from expunge.core import finetune, scores
 from expunge.core.image_prompts import refined, with_image
 from expunge.core.layer_choice import trainable
+from expunge.erase.diffusion import co_erasing
 from expunge.erase.diffusion.co_erasing import CoErasing, _Negative, blurred
-from expunge.errors import MissingPart
-from expunge.testing import tiny_diffusion
+from expunge.errors import InputError, MissingPart, ModelError, SettingError, UnsupportedModel
+from expunge.testing import tiny_diffusion, tiny_layout
 from expunge.testing.diffusion import tiny_image_prompts
 
 STAR = Concept("star", phrases=("heart",))
@@ -86,18 +87,37 @@ def test_erase_is_repeatable_and_leaves_the_model_alone(model, branch, more):
     assert len(losses["image"]) == 4 and ("text" in losses) == bool(method.text_steps)
 
 
-def test_the_second_stage_starts_from_the_first(model, branch):
-    """With a rate of 0 in the second stage, the first one's weights are the answer."""
-    one = CoErasing(**{**QUICK, "evidence": "text"}).erase(model, STAR, seed=1)
-    two = CoErasing(**{**QUICK, "eta": 2.0, "evidence": "text"}).erase(model, STAR, seed=1)
-    assert one != two
-    stage = CoErasing(**{**QUICK, "text_steps": 0, "evidence": "text"})
-    with one.on(model):
-        after = stage.erase(model, STAR, seed=1)
-        before = {n: p.detach().clone() for n, p in model.tensors().items()}
-        with after.on(model):
-            moved = [n for n, p in model.tensors().items() if not torch.equal(p, before[n])]
-    assert moved
+def test_the_second_stage_starts_from_the_first_and_is_taught_by_it(model, branch, monkeypatch):
+    """Student and teacher of stage 2 are the model after stage 1, and the student walks, without guidance."""
+    stages, asked, fit = [], [], finetune.fit
+
+    def watched(task, loop, **more):
+        assert task.points.walked == "student" and task.points.walk["guidance"] == 1.0
+        step = task.step
+
+        def first(now):
+            names = [n for n, _ in task.parameters()["denoiser"]]
+            with now.original():
+                asked.append({n: model.tensor(n).detach().clone() for n in names})
+            return step(now)
+
+        task.step = first
+        stages.append(fit(task, loop, **more))
+        return stages[-1]
+
+    monkeypatch.setattr(co_erasing.finetune, "fit", watched)
+    edit = CoErasing(**{**QUICK, "layers": "full"}).erase(model, STAR, seed=1, data=branch)
+    one, two = stages
+    assert len(two.values) > len(one.values) and len(asked) == 3 + 4
+    for name, value in one.values.items():
+        assert torch.equal(two.before[name], value) and torch.equal(asked[-1][name], value)
+        assert torch.equal(one.before[name], model.tensor(name))
+        assert torch.equal(asked[0][name], model.tensor(name))
+    name = "unet.conv_in.weight"
+    whole = two.values[name] - model.tensor(name)
+    torch.testing.assert_close(
+        edit.change(name, model.tensor(name)).float(), whole, atol=1e-6, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("prediction", ["v_prediction"])
@@ -131,3 +151,20 @@ def test_resume(model, branch, tmp_path, monkeypatch):
 def test_a_missing_branch_is_refused(model):
     with pytest.raises(MissingPart, match="image-prompt"):
         CoErasing(**QUICK).erase(model, STAR)
+
+
+@pytest.mark.parametrize(
+    ("layout", "error"), [("sd3", UnsupportedModel), ("sdxl", ModelError), ("pixart", InputError)]
+)
+def test_a_branch_that_does_not_fit_is_refused_before_any_work(model, branch, layout, error):
+    other = tiny_layout(layout)
+    data = tiny_image_prompts(other) if layout == "pixart" else branch
+    with pytest.raises(error):
+        CoErasing(**QUICK).erase(other, STAR, data=data)
+    assert not other.cost.rows("denoiser", {})
+
+
+def test_a_template_without_a_place_is_refused(model, branch):
+    with pytest.raises(SettingError, match="names no concept"):
+        CoErasing(**QUICK, template="a photo").erase(model, STAR, data=branch)
+    assert len(CoErasing(template="{} {x}", count=2)._tokens(model, branch, STAR, 0)) == 2

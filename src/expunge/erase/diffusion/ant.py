@@ -58,9 +58,11 @@ from ...core import examples, finetune, fusion, saliency, scores, trajectories
 from ...core.layer_choice import LAYERS, trainable
 from ...core.low_rank import LowRank, adaptable
 from ...core.projections import Projections, kept_texts, per_layer_edit
+from ...core.prompt_templates import with_place
 from ...core.reversal import COUNTED, depths
 from ...core.trajectories import Trajectories
 from ...edit import Edit
+from ...errors import SettingError
 from ...method import Eraser, Judge, setting
 from ...models.base import noise_generator
 from ...models.diffusion import DiffusionModel
@@ -167,6 +169,8 @@ class ANT(Eraser):
         model.check_family(self)
         model.needs("gradients")
         wanted = as_concepts(concepts)
+        with_place(self.id, "map_templates", self.map_templates)
+        with_place(self.id, "templates", self.templates)
         if (self.form or ("single" if len(wanted) == 1 else "multi")) == "multi":
             return self._multi(model, wanted, keep, data, seed, run)
         return self._single(model, wanted, kept_texts(keep), seed, run)
@@ -259,6 +263,10 @@ class ANT(Eraser):
         seed: int,
         run: str | Path | None,
     ) -> Edit:
+        if self.walked == "student":
+            raise SettingError(
+                f"{self.id}: the multi form walks with the frozen model; walked='student' is not allowed"
+            )
         began, counted = time.perf_counter(), model.cost.snapshot()
         _, captions = examples.given(data)
         digest, told = examples.examples_digest({}, captions), kept_texts(keep)

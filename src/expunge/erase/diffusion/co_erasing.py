@@ -40,6 +40,7 @@ from ...concept import Concept, as_concepts, names_of
 from ...core import finetune, scores
 from ...core.image_prompts import ImagePrompts, refined, text_only, with_image
 from ...core.layer_choice import trainable
+from ...core.prompt_templates import with_place
 from ...core.trajectories import Trajectories
 from ...core.vision import vision_encoder
 from ...edit import Edit
@@ -127,12 +128,17 @@ class CoErasing(Eraser):
 
         Raises:
             MissingPart: Pictures are wanted and there is no branch.
+            ModelError, UnsupportedModel, InputError: The branch is for another denoiser or another width of text.
+            SettingError: The template has no ``{}``.
         """
         model.check_family(self)
         model.needs("gradients", "generate")
         wanted, counted, start = as_concepts(concepts), model.cost.snapshot(), time.monotonic()
         kept = names_of(keep)
+        with_place(self.id, "template", [self.template])
         branch = None if self.evidence == "text" else _branch(model, data)
+        if branch is not None:
+            _fits(branch, model, self.refine)
         digest = None if branch is None else _digest(branch)
         tokens = [] if branch is None else [self._tokens(model, branch, c, seed) for c in wanted]
         # The state names the model before either stage; in between its weights are others.
@@ -194,7 +200,7 @@ class CoErasing(Eraser):
         self, model: DiffusionModel, branch: ImagePrompts, concept: Concept, seed: int
     ) -> Tensor:
         """``q`` of pictures that the model without edits makes, ``(count, tokens, width)``."""
-        texts = [self.template.format(concept.name)]
+        texts = [self.template.replace("{}", concept.name)]
         if self.pictures == "random":
             captions = None if model.companions is None else model.companions.captions
             texts = captions(self.count, seed, (concept.name,)) if captions else [""]
@@ -224,6 +230,14 @@ def _branch(model: DiffusionModel, data: Any) -> ImagePrompts:
             f"give one as data, or erase by evidence='text'"
         )
     return opened()
+
+
+def _fits(branch: ImagePrompts, model: DiffusionModel, refine: bool) -> None:
+    """Refuse a branch for another denoiser before pictures are made and stage 1 is trained."""
+    with branch.attached(model), torch.no_grad():
+        width, own = branch.image_proj.norm.normalized_shape[0], model.unconditional().embeddings
+        if refine:
+            refined(own.new_zeros(1, 1, width), own[0])
 
 
 def _digest(branch: ImagePrompts) -> str:
