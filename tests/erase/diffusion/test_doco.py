@@ -124,11 +124,18 @@ def test_nothing_but_keys_and_values_changes_and_the_student_rests_in_the_warm_u
     losses = edit.manifest.report["losses"]
     assert losses["denoiser"][:2] == [None, None] and None not in losses["discriminator"]
     assert len(edit.manifest.report["discriminator_accuracy"]) == 4
-    rest = DoCo(**SMALL | {"warm_up": 5}).erase(model, STAR)
-    assert all(
-        float(rest.change(t.name, model.tensor(t.name)).abs().max()) == 0
-        for t in rest.manifest.targets
-    )
+
+
+def test_a_warm_up_that_takes_all_steps_is_refused_before_any_work():
+    fresh = tiny_diffusion()
+    with pytest.raises(SettingError, match="warm_up=5 of steps=5"):
+        DoCo(**SMALL | {"warm_up": 5}).erase(fresh, STAR)
+    with pytest.raises(SettingError, match="too small"):
+        flat = tiny_diffusion()
+        flat.denoiser.register_to_config(sample_size=4)
+        DoCo(**SMALL).erase(flat, STAR)
+    assert not fresh.cost.counts and not flat.cost.counts
+    DoCo(**SMALL | {"warm_up": 5, "discriminator": "frozen"}).erase(fresh, STAR)
 
 
 def test_a_frozen_discriminator_never_learns(model):
@@ -157,3 +164,16 @@ def test_seeds_and_several_concepts(model):
     first, second = (DoCo(**SMALL).erase(model, [STAR, square], seed=s) for s in (1, 1))
     assert first == second
     assert first != DoCo(**SMALL).erase(model, [STAR, square], seed=2)
+
+
+def test_the_start_tokens_row_is_held_while_it_trains(model, monkeypatch):
+    held, step = [], _Correction.step
+
+    def watched(self, now):
+        layers = [m for n, m in model.denoiser.named_modules() if n.endswith("attn2.to_k")]
+        held.extend(bool(layer._forward_hooks) for layer in layers)
+        return step(self, now)
+
+    monkeypatch.setattr(_Correction, "step", watched)
+    DoCo(**SMALL).erase(model, STAR)
+    assert held and all(held)

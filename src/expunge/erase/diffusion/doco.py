@@ -43,6 +43,7 @@ from ...core.layer_choice import LAYERS, trainable
 from ...core.patch_discriminator import PatchDiscriminator
 from ...core.trajectories import Trajectories
 from ...edit import Edit
+from ...errors import SettingError
 from ...method import Eraser, Judge, setting
 from ...models.diffusion import DiffusionModel
 
@@ -130,13 +131,22 @@ class DoCo(Eraser):
         ``data``: ``captions``, anchor prompts; ``pictures``, a mapping from an anchor's name to pictures of it.
 
         Raises:
-            SettingError: A concept has no anchor, or latents are too small for a discriminator.
+            SettingError: A concept has no anchor, latents are too small for a discriminator, or the warm-up takes all
+                steps.
             InputError: The data is not as described, or no caption speaks of the anchor alone.
         """
         model.check_family(self)
         model.needs("gradients")
         wanted = as_concepts(concepts)
         counted, kept = model.cost.snapshot(), names_of(keep)
+        if self.discriminator == "trained" and self.warm_up >= self.steps:
+            raise SettingError(
+                f"{self.id}: the discriminator warms up for warm_up={self.warm_up} of steps={self.steps}, so the model "
+                "would never train; allowed is a warm_up below steps"
+            )
+        # Before a thousand pictures are made: what cannot be trained is refused.
+        trainable(model, self.layers)
+        PatchDiscriminator(model.latent_shape, seed)
         material = anchored.Material(model, wanted, self, data, seed)
         task = _Correction(self, model, material, seed)
         adamw = finetune.Optimiser(self.lr, "adamw", weight_decay=self.weight_decay)
