@@ -175,3 +175,29 @@ def test_several_concepts_and_wrong_ones(model):
     assert edit.manifest.report["anchors"] == {"star": "circle", "square": "circle"}
     with pytest.raises(SettingError, match="has no anchor"):
         ConceptAblation(**SMALL).erase(model, Concept("star"))
+
+
+def test_what_cannot_be_trained_is_refused_before_pictures_are_made():
+    wide = tiny_layout("sdxl")
+    with pytest.raises(MissingCapability):
+        ConceptAblation(**SMALL, parameters="embedding").erase(wide, STAR)
+    assert not wide.cost.counts
+
+
+def test_a_run_that_was_at_its_end_reports_the_same(model, tmp_path):
+    first = ConceptAblation(**SMALL).erase(model, STAR, run=tmp_path).manifest.report
+    again = ConceptAblation(**SMALL).erase(model, STAR, run=tmp_path).manifest.report
+    assert again["resumed_at"] == 3 and again["anchor_change"] == first["anchor_change"] > 0
+
+
+def test_the_start_tokens_row_is_held_while_it_trains(model, monkeypatch):
+    held, step = [], _Overwriting.step
+
+    def watched(self, now):
+        layers = [m for n, m in model.denoiser.named_modules() if n.endswith("attn2.to_k")]
+        held.extend(bool(layer._forward_hooks) for layer in layers)
+        return step(self, now)
+
+    monkeypatch.setattr(_Overwriting, "step", watched)
+    ConceptAblation(**SMALL).erase(model, STAR)
+    assert held and all(held)

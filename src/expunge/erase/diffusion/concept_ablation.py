@@ -124,6 +124,8 @@ class ConceptAblation(Eraser):
         model.needs("gradients")
         wanted = as_concepts(concepts)
         counted = model.cost.snapshot()
+        # Before a thousand pictures are made: what cannot be trained is refused.
+        _trained(self, model)
         material = anchored.Material(model, wanted, self, data, seed)
         task = _Overwriting(self, model, material)
         adamw = finetune.Optimiser(
@@ -137,6 +139,18 @@ class ConceptAblation(Eraser):
             )  # fmt: skip
 
 
+def _trained(method: ConceptAblation, model: DiffusionModel) -> list[tuple[str, nn.Parameter]]:
+    """What ``parameters`` names."""
+    if method.parameters != "embedding":
+        return trainable(model, LAYERS[method.parameters])
+    # Asked for its rows first: models with several text encoders say in words that they have no one table.
+    size = model.token_table().shape
+    name = next(
+        n for n, p in model.tensors().items() if n.startswith("text_encoder.") and p.shape == size
+    )  # fmt: skip
+    return [(name, model.tensor(name))]
+
+
 class _Overwriting(finetune.Task):
     """The loss above."""
 
@@ -144,17 +158,7 @@ class _Overwriting(finetune.Task):
         self, method: ConceptAblation, model: DiffusionModel, material: anchored.Material
     ) -> None:
         self.method, self.model, self.material = method, model, material
-        self.trained = self._trained()
-
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        if self.method.parameters != "embedding":
-            return trainable(self.model, LAYERS[self.method.parameters])
-        # Asked for its rows first: models with several text encoders say in words that they have no one table.
-        size = self.model.token_table().shape
-        name = next(
-            n for n, p in self.model.tensors().items() if n.startswith("text_encoder.") and p.shape == size
-        )  # fmt: skip
-        return [(name, self.model.tensor(name))]
+        self.trained = _trained(method, model)
 
     def held(self) -> contextlib.AbstractContextManager[Any]:
         """The start token takes no part in what keys and values learn."""
@@ -209,3 +213,12 @@ class _Overwriting(finetune.Task):
                     before = self._epsilon(batch.points, batch.anchors)
             self.material.report["anchor_change"] = float((now - before).square().mean())
         return False
+
+    def state(self) -> dict[str, Tensor]:
+        """Of a run that is at its end, what was measured there: its last step is not made again."""
+        found = self.material.report.get("anchor_change")
+        return {} if found is None else {"anchor_change": torch.tensor(found, dtype=torch.float64)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        if "anchor_change" in state:
+            self.material.report["anchor_change"] = float(state["anchor_change"])
