@@ -11,7 +11,7 @@ from expunge.core.negative_text import NegativeText
 from expunge.erase.diffusion.sld import SLD
 from expunge.errors import MissingCapability
 from expunge.method import Control
-from expunge.testing import tiny_diffusion
+from expunge.testing import tiny_diffusion, tiny_layout
 
 STAR = Concept("star", anchor="circle")
 TIME = 400
@@ -141,3 +141,14 @@ def test_a_negative_text_stands_behind_the_users_own_and_needs_a_branch(wide, mo
     monkeypatch.setattr(type(wide), "two_branches", False)
     with pytest.raises(MissingCapability, match="no branch for a negative text"):
         NegativeText(wide, "star")
+
+
+@pytest.mark.parametrize("layout", ["sdxl", "sd3"])
+def test_a_negative_text_brings_its_pooled_vector(layout):
+    """It must be what the pipeline's own negative prompt is, second vector included."""
+    model = tiny_layout(layout)
+    wanted = model.generate("a red star", seeds=1, steps=2, negative="heart")
+    with model.controlled(NegativeText(model, "heart")):
+        found = model.generate("a red star", seeds=1, steps=2)
+    assert (found == wanted).all()
+    assert (wanted != model.generate("a red star", seeds=1, steps=2)).any()

@@ -59,4 +59,7 @@ class NegativeText(Control):
         if mask is not None and own.mask is not None:
             mask = torch.where(rows[:, None], own.mask.to(mask), mask)
         made = torch.where(rows[:, None, None], new, condition.embeddings)
-        return dataclasses.replace(condition, embeddings=made, mask=mask)
+        pooled = condition.pooled
+        if pooled is not None and own.pooled is not None:
+            pooled = torch.where(rows[:, None], own.pooled.to(pooled), pooled)
+        return dataclasses.replace(condition, embeddings=made, mask=mask, pooled=pooled)
