@@ -6,6 +6,7 @@ import torch
 from diffusers import DDIMInverseScheduler
 
 from expunge.core.inversion import invert, purify, regenerate
+from expunge.erase.diffusion.sld import SLD
 from expunge.errors import InputError, PromptError, UnsupportedModel
 from expunge.testing import tiny_diffusion, tiny_layout
 
@@ -129,3 +130,16 @@ class TestPurify:
         with pytest.raises(UnsupportedModel, match="ends without noise"):
             purify(clean, self.pictures, "a star")
         assert purify(model, self.pictures[:0], "a star").shape == (0, 16, 16, 3)
+
+
+def test_a_defence_that_acts_on_guidance_acts_on_the_way_down():
+    model = tiny_diffusion()
+    edit = SLD.configured("paper:max").erase(model, "heart")
+    noise, condition = model.initial_noise([3, 4]), model.encode(["a star", "a red star"])
+    plain = regenerate(model, noise, condition, steps=STEPS, guidance=3.0)
+    with edit.on(model):
+        with torch.no_grad():
+            expected = model.sample(condition, [3, 4], steps=STEPS, guidance=3.0)
+        found = regenerate(model, noise, condition, steps=STEPS, guidance=3.0)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert (found - plain).abs().max() > 1e-2

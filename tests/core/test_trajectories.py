@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from expunge.core import trajectories
+from expunge.erase.diffusion.sld import SLD
 from expunge.models.base import noise_generator
 from expunge.testing import tiny_diffusion
 
@@ -107,3 +108,23 @@ def test_points_along_one_walk_are_those_of_separate_walks(name):
         place = len(times) - 1 - times[::-1].index(float(early.timesteps[row]))
         assert place // model.scheduler.order < 2
         torch.testing.assert_close(early.latents[row], path[place][0][0], atol=1e-4, rtol=1e-4)
+
+
+def test_walks_of_a_model_with_a_defence_are_its_own_walks(monkeypatch):
+    """Safe Latent Diffusion acts on guidance and remembers: rows that arrive early must not disturb the rest."""
+    model, depths = tiny_diffusion(), torch.tensor([3, 1, 4, 2])
+    edit = SLD.configured("paper:max").erase(model, "heart")
+    condition = model.encode([TEXTS[i % 2] for i in range(4)])
+    noise = torch.stack(
+        [torch.randn(model.latent_shape, generator=noise_generator(3, "walk", i)) for i in range(4)]
+    )
+    options = {"steps": 5, "guidance": 3.0, "seed": 3, "depths": depths}
+    plain = trajectories.draw(model, TEXTS, 4, **options).latents
+    with edit.on(model):
+        found = trajectories.draw(model, TEXTS, 4, **options)
+        monkeypatch.setattr(model, "initial_noise", lambda seeds, purpose="": noise)
+        for row, depth in enumerate(depths.tolist()):
+            expected, time = model.partial(condition, range(4), steps=5, stop=depth, guidance=3.0)
+            torch.testing.assert_close(found.latents[row], expected[row], atol=1e-4, rtol=1e-4)
+            assert found.timesteps[row] == time
+    assert (found.latents - plain).abs().amax((1, 2, 3)).min() > 1e-3

@@ -72,7 +72,9 @@ class _Path:
             condition = model.with_guidance(condition, guidance)
         self.condition, self.guidance = condition, guidance
         conditional = torch.tensor([False] * count * self.both + [True] * count)
-        self.context = Context(steps=len(self.times), conditional=conditional)
+        weight = torch.full((count,), guidance, device=model.device, dtype=model.dtype)
+        # Defences that act on guidance (SLD) look at how strong it is, and do nothing where nobody says.
+        self.context = Context(steps=len(self.times), conditional=conditional, guidance=weight)
         for control in model.acting:
             control.start(self.context)
 

@@ -1,7 +1,8 @@
 """Noisy latents on a model's own sampling path, drawn in one batch however far each must go.
 
 A fine-tuning eraser needs ``x_t`` at random depths of a guided trajectory.  The denoiser is no longer asked
-about rows that have arrived, so the cost is the sum of the depths, not the number of rows times the deepest.
+about rows that have arrived, so the cost is the sum of the depths, not the number of rows times the deepest; with
+something on the model that acts on guidance, all rows are asked about until the last has arrived.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..errors import SettingError
 from ..models.base import noise_generator
 from ..models.diffusion import DiffusionModel
 from ..models.samplers import Sampler
-from ..models.types import Condition
+from ..models.types import Condition, Context
 
 __all__ = ["Trajectories", "depths_of", "draw", "draw_along", "relabelled"]
 
@@ -195,6 +196,18 @@ def _depths(seed: int, index: int, rows: Sequence[int], low: int, high: int) -> 
     return torch.tensor([int(depth) for depth in drawn])
 
 
+def _guided(model: DiffusionModel, sampler: Sampler, count: int, guidance: float) -> Context | None:
+    """What is told to whatever acts on guidance (SLD, a negative text), if anything does."""
+    if not any(control.on_guidance() for control in model.acting):
+        return None
+    weight = torch.full((count,), guidance, device=model.device, dtype=model.dtype)
+    flags = torch.tensor([False] * count + [True] * count)
+    context = Context(steps=len(sampler.times), conditional=flags, guidance=weight)
+    for control in model.acting:
+        control.start(context)
+    return context
+
+
 @torch.no_grad()
 def _walk(
     model: DiffusionModel,
@@ -205,6 +218,8 @@ def _walk(
     guidance: float,
 ) -> list[Tensor]:
     """The rows at ``times[stops]`` for each of several ``stops (n,)``, scaled for the denoiser."""
+    both = guidance != 1.0 and sampler.guided
+    context = _guided(model, sampler, len(noise), guidance) if both else None
     latents = sampler.start(noise.to(model.device, model.dtype))
     done, value = [latents.clone() for _ in stops], torch.zeros_like(latents)
     last = torch.stack(list(stops)).amax(0)
@@ -217,12 +232,14 @@ def _walk(
         active = (last > call).nonzero().flatten()
         if not len(active):
             break
+        if context is not None:  # what acts on guidance remembers all pictures from step to step
+            active, context.step = torch.arange(len(noise)), call
         rows, scaled = condition.select(active), seen[active]
-        if guidance == 1.0 or not sampler.guided:
+        if not both:
             prediction = model.predict(scaled, time.reshape(1), rows)
         else:
-            both = Condition.concatenate([empty.repeat(len(active)), rows])
-            two = model.predict(torch.cat([scaled, scaled]), time.reshape(1), both)
+            asked = Condition.concatenate([empty.repeat(len(active)), rows])
+            two = model.predict(torch.cat([scaled, scaled]), time.reshape(1), asked, context)
             half = len(active)
             weight = torch.full((half, 1, 1, 1), guidance, device=model.device, dtype=model.dtype)
             prediction = two.select(slice(half, None)).guided(two.select(slice(half)), weight)
