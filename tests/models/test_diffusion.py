@@ -219,3 +219,15 @@ def test_a_model_goes_where_another_one_stands():
     low, high = tiny_diffusion(dtype=torch.bfloat16), tiny_diffusion(1)
     assert high.beside(low) is high and high.dtype == torch.bfloat16
     assert all(p.dtype == torch.bfloat16 for p in high.tensors().values())
+
+
+def test_a_mask_of_the_text_encoder_is_the_stock_pipelines():
+    """Where an encoder asks for one, the UNet is given none, and an end token that also pads is seen once."""
+    model = tiny_diffusion()
+    model.text_encoder.config.use_attention_mask = True
+    model.pipeline.set_progress_bar_config(disable=True)
+    stock = model.pipeline(
+        "a star", latents=model.initial_noise([1]), num_inference_steps=2, guidance_scale=3.0, output_type="np"
+    ).images  # fmt: skip
+    own = model.generate("a star", seeds=[1], steps=2, guidance=3.0)
+    assert np.abs(own / 255.0 - stock).max() < 0.01

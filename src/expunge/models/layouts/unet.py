@@ -72,11 +72,15 @@ class StableDiffusion(Layout):
         encoder = self.pipeline.text_encoder
         ids = ids.to(encoder.device)
         self.cost.add("encoder", len(ids))
-        use_mask = getattr(encoder.config, "use_attention_mask", False)
-        mask = (ids != self.pipeline.tokenizer.pad_token_id).long() if use_mask else None
+        mask = None
+        if getattr(encoder.config, "use_attention_mask", False):
+            # The tokenizer's own mask: the first end token is seen, also where texts are padded with it.
+            ends = (ids == self.pipeline.tokenizer.eos_token_id).long()
+            mask = (ends.cumsum(1) - ends == 0).long()
         with self._spliced(vectors):
             hidden = encoder(ids, attention_mask=mask)[0]
-        return Condition(hidden, mask)
+        # The mask is the text encoder's: stock pipelines give the UNet none.
+        return Condition(hidden)
 
     @contextlib.contextmanager
     def _spliced(self, vectors: Tensor | None) -> Iterator[None]:
