@@ -265,7 +265,10 @@ SCALED = ("steps", "text_steps", "bank", "pictures", "count")
 def built(id: str, work: Work, scale: int) -> Any:
     """The method under its preset for the world, shortened; ``scale`` divides steps and bank."""
     short = {
-        name: max(2, value // scale) if name in SCALED and value else value
+        # A bank has a point for each name of what is erased.
+        name: max(len(STAR.names) if name == "bank" else 2, value // scale)
+        if name in SCALED and value
+        else value
         for name, value in work.settings.items()
     }
     if "warm_up" in short:

@@ -81,6 +81,10 @@ def test_sources_that_mean_nothing_are_refused(model):
         source(model, walked="thawed")
     with pytest.raises(SettingError, match="student"):
         source(model, walked="student", bank=4)
+    # Else the last of a long list of concepts would not be erased, without a word.
+    with pytest.raises(SettingError, match="no point for 1 of 2 texts"):
+        source(model, bank=1)
+    assert len(source(model, bank=1, partial=True).bank[0].which) == 1
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])

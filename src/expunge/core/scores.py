@@ -90,9 +90,11 @@ class PointSource:
             :func:`expunge.core.trajectories.draw_along`.  Points and answers then come range by range,
             ``batch`` walks of the first range before those of the second; a bank holds ``bank`` walks.
         binned: Timesteps are drawn anew inside bins, see :func:`expunge.core.trajectories.relabelled`.
+        partial: A bank may be smaller than the number of texts and leave the last ones out.
 
     Raises:
-        SettingError: ``walked`` is unknown, or a bank was asked for of the student's walks.
+        SettingError: ``walked`` is unknown, a bank was asked for of the student's walks, or it has no point for
+            some of the texts.
     """
 
     def __init__(
@@ -111,12 +113,17 @@ class PointSource:
         high: int | None = None,
         ranges: Sequence[tuple[int, int | None]] | None = None,
         binned: bool = False,
+        partial: bool = False,
     ) -> None:
         if walked not in WALKED:
             raise SettingError(f"walked is {walked!r}; allowed: {', '.join(map(repr, WALKED))}")
         if bank is not None and walked == "student":
             raise SettingError(
                 "a bank of points cannot follow the student's own walks; allowed is walked='frozen' or no bank"
+            )
+        if bank is not None and bank < len(texts) and not partial:
+            raise SettingError(
+                f"bank={bank} has no point for {len(texts) - bank} of {len(texts)} texts; allowed is at least one each"
             )
         self.model, self.texts, self.answer, self.batch = model, list(texts), answer, batch
         self.walked, self.seed, self.binned = walked, seed, binned

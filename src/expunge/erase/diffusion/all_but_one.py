@@ -227,7 +227,8 @@ class _Surgery(finetune.Task):
         return [
             scores.PointSource(
                 self.model, texts, guidance=guidance, seed=self.seed + number,
-                batch=max(1, round(method.batch * share)), bank=held, answer=self.held, **walk,
+                batch=max(1, round(method.batch * share)), bank=held, answer=self.held, partial=True,
+                **walk,
             )
             for number, (texts, guidance) in enumerate(listed)
         ]  # fmt: skip
