@@ -62,6 +62,22 @@ def test_paper_convention(model):
     torch.testing.assert_close(targets, empty - 2.5 * (concept - empty), atol=1e-5, rtol=1e-4)
 
 
+def test_erasing_from_a_prompt(model):
+    """eps(f) - eta (eps(c) - eps(0)), on walks towards f, asked of the student under f."""
+    method = ESD(eta=2.5, sampling_steps=4, bank=2, erase_from="a red star")
+    task = _Push(method, model, (STAR,), 0)
+    points, targets = banked(task)
+    with torch.no_grad():
+        source = model.encode(["a red star"] * 2)
+        f, c, e = (
+            scores.epsilon(model, points, x) for x in (source, model.encode(["star"] * 2), task.empty.repeat(2))
+        )  # fmt: skip
+    torch.testing.assert_close(targets, f - 2.5 * (c - e), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(task.student(points).embeddings, source.embeddings)
+    walked = trajectories.draw(model, ["a red star"], 2, steps=4, guidance=3.0, seed=0)
+    torch.testing.assert_close(points.latents, walked.latents)
+
+
 def test_points_do_not_depend_on_batching(model):
     whole = trajectories.draw(model, ["a star", "a circle"], 6, steps=4, guidance=3.0, seed=5)
     parts = trajectories.draw(
