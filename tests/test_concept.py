@@ -9,6 +9,7 @@ import pytest
 from expunge.concept import Concept, as_concepts, names_of, read_concepts, safe_name
 from expunge.core.projections import kept_texts
 from expunge.errors import ConceptError, NameRefused
+from expunge.method import Prompt
 
 HOSTILE = [
     "", " ", ".", "..", "../x", "a/../b", "/etc/passwd", "a/b", "a\\b", "..\\x", "C:\\x", "C:x",
@@ -72,6 +73,18 @@ def test_one_name_to_keep_is_a_name_and_not_its_letters():
     assert names_of("heart") == names_of(["heart"]) == names_of(Concept("heart")) == ["heart"]
     assert names_of([Concept("heart"), "a red cross"]) == ["heart", "a red cross"]
     assert names_of(()) == names_of(None) == []
+    assert names_of([Prompt("a red heart", seed=3)]) == ["a red heart"]
+    for odd in ([None], ["heart", 5]):
+        with pytest.raises(ConceptError, match="neither a concept nor a text"):
+            names_of(odd)
+
+
+def test_nothing_is_erased_and_kept_at_the_same_time():
+    star = Concept("star", phrases=("pentagram",))
+    assert as_concepts(star, ["heart", "a red star", Concept("cross")]) == (star,)
+    for kept in ("star", ["heart", "Star "], [Concept("pentagram")], [Prompt("star")]):
+        with pytest.raises(ConceptError, match="also erased, with 'star'"):
+            as_concepts(["circle", star], kept)
     spoken = ["heart", "a heart"]
     assert kept_texts("heart", ("a {}",)) == kept_texts([Concept("heart")], ("a {}",)) == spoken
 

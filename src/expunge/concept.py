@@ -131,8 +131,18 @@ def _text(value: Any, what: str, long: bool = False) -> str:
     return value
 
 
-def as_concepts(concepts: Concept | str | Iterable[Concept | str]) -> tuple[Concept, ...]:
-    """One or several concepts or bare names as a non-empty tuple of distinct concepts."""
+def as_concepts(
+    concepts: Concept | str | Iterable[Concept | str], keep: Any = ()
+) -> tuple[Concept, ...]:
+    """One or several concepts or bare names as a non-empty tuple of distinct concepts.
+
+    Args:
+        concepts: To be erased.
+        keep: What is to be kept at the same time: an eraser told to do both with one name would do half of each.
+
+    Raises:
+        ConceptError: None was given, or one twice, or one whose name or phrase is to be kept.
+    """
     found = tuple(c if isinstance(c, Concept) else Concept(c) for c in listed(concepts))
     if not found:
         raise ConceptError("no concept was given; at least one is needed")
@@ -140,12 +150,33 @@ def as_concepts(concepts: Concept | str | Iterable[Concept | str]) -> tuple[Conc
     for name in names:
         if names.count(name) > 1:
             raise ConceptError(f"concept {name!r} was given twice")
+    kept = {name.strip().lower() for name in names_of(keep)}
+    for concept in found:
+        for name in concept.names:
+            if name.lower() in kept:
+                raise ConceptError(
+                    f"{name!r} is to be kept, but also erased, with {concept.name!r}; ask for one of the two"
+                )
     return found
 
 
 def names_of(entries: Concept | str | Iterable[Any] | None) -> list[str]:
-    """Names of concepts, and whatever else was given as text: what a record says was to be kept."""
-    return [str(getattr(entry, "name", entry)) for entry in listed(entries)]
+    """Names of concepts, and texts and prompts as they are: what a record says was to be kept.
+
+    Raises:
+        ConceptError: An entry is none of these.
+    """
+    return [_called(entry) for entry in listed(entries)]
+
+
+def _called(entry: Any) -> str:
+    # A prompt is known by its text here: the contracts stand on a higher floor.
+    for called in (entry, getattr(entry, "name", None), getattr(entry, "text", None)):
+        if isinstance(called, str):
+            return called
+    raise ConceptError(
+        f"a {type(entry).__name__} is neither a concept nor a text; allowed are concepts, names and prompts"
+    )
 
 
 def listed(entries: Concept | str | Iterable[Any] | None) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..concept import Concept, listed
+from ..concept import Concept, listed, names_of
 from ..edit import Edit, deltas
 from .closed_form import Solution, ValueMoments, gram, layer_changes, moved
 from .factors import thin_factors
@@ -141,7 +141,7 @@ def kept_texts(
     """The texts of what is to be kept: names and phrases of concepts, prompts as they are."""
     names: list[str] = []
     for entry in listed(keep):
-        names += entry.names if isinstance(entry, Concept) else [str(entry)]
+        names += entry.names if isinstance(entry, Concept) else names_of([entry])
     return list(
         dict.fromkeys(form.replace("{}", name) for name in names for form in ("{}", *templates))
     )

@@ -158,7 +158,7 @@ class MACE(Eraser):
         model.check_family(self)
         model.needs("gradients", "controls")
         began, counted = time.perf_counter(), model.cost.snapshot()
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         group = Projections(model, need_cross_attention(model, self.id))
         own, captions = examples.given(data)
         shown = {c.name: self._examples(model, c, own, seed) for c in wanted}

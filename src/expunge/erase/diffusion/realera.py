@@ -194,7 +194,7 @@ class RealEra(Eraser):
         """
         model.check_family(self)
         began, before = time.perf_counter(), model.cost.snapshot()
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         groups = Projections.groups(model)
         if self.align:
             model.needs("gradients")

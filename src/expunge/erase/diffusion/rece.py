@@ -151,7 +151,7 @@ class RECE(Eraser):
         """
         model.check_family(self)
         began, before = time.perf_counter(), model.cost.snapshot()
-        listed = as_concepts(concepts)
+        listed = as_concepts(concepts, keep)
         groups = Projections.groups(model)
         pairs, kept = edited_texts(self, model, listed, keep)
         prompts = self._validation(model, listed, data, judge) if self.select else []

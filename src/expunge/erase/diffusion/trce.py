@@ -227,7 +227,7 @@ class TRCE(Eraser):
         ``data``: general captions, as texts or as a mapping with ``captions``.  ``run`` keeps stage 2's progress.
         """
         model.check_family(self)
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         began, counted = time.perf_counter(), model.cost.snapshot()
         captions = _captions(data)
         shared: dict[str, Any] = {

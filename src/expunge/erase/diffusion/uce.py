@@ -149,7 +149,7 @@ class UCE(Eraser):
         """
         model.check_family(self)
         began, before = time.perf_counter(), model.cost.snapshot()
-        listed = as_concepts(concepts)
+        listed = as_concepts(concepts, keep)
         if self.technique == "debias":
             return Debias(self, model, listed, judge, keep=keep, data=data, seed=seed).run()
         groups = Projections.groups(model)

@@ -86,7 +86,7 @@ class GradDiff(Eraser):
         """
         model.check_family(self)
         model.needs("gradients", "score")
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         pairs = answers.pairs_for(model, wanted, keep, data, method=self.id)
         per_epoch = -(-len(pairs["forget"]) // self.batch)
         loop = finetune.Loop(
