@@ -38,15 +38,19 @@ __all__ = [
 ]
 
 
-def given(data: Any, model: DiffusionModel | None = None) -> tuple[dict[str, Pictures], list[str]]:
+def given(
+    data: Any, model: DiffusionModel | None = None, concepts: Sequence[Concept] = ()
+) -> tuple[dict[str, Pictures], list[str]]:
     """The user's pictures by concept name, and general captions; both checked, either may be missing.
 
     Args:
         data: The mapping, or ``None``.
         model: Pictures have to be of the size that it draws; ``None`` takes any.
+        concepts: What is erased, where pictures are those of its concepts.
 
     Raises:
-        InputError: An unknown key, or pictures, masks and captions that do not fit each other or the model.
+        InputError: An unknown key, pictures of something else where some of ``concepts`` have none, or pictures,
+            masks and captions that do not fit each other or the model.
     """
     if data is None:
         return {}, []
@@ -64,6 +68,14 @@ def given(data: Any, model: DiffusionModel | None = None) -> tuple[dict[str, Pic
         raise InputError(
             f"data: 'pictures' is {type(pictures).__name__}; allowed is a mapping from a concept's name to "
             "(pictures, masks or None, captions)"
+        )
+    # Pictures of others may stand beside: a user's collection. A name that is written otherwise may not.
+    bare = [concept.name for concept in concepts if concept.name not in pictures]
+    strangers = [name for name in pictures if name not in [c.name for c in concepts]]
+    if bare and strangers:
+        raise InputError(
+            f"data: there are pictures of {strangers[0]!r}, which is not erased, and none of {bare[0]!r}"
+            f"{nearest(str(strangers[0]), bare)}"
         )
     for name, parts in pictures.items():
         if not isinstance(parts, (tuple, list)) or len(parts) != 3:

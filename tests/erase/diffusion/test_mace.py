@@ -301,6 +301,9 @@ def test_what_does_not_fit_is_refused_in_words(model):
         "mapping": [1],
         "uint8": {"pictures": {"star": (np.zeros((1, 4, 4, 3)), None, ["a star"])}},
         "masks": {"pictures": {"star": (pictures().pictures, np.zeros((3, 2, 2)), ["a star"] * 3)}},
+        "'stra', which is not erased, and none of 'star'; did you mean": {
+            "pictures": {"stra": (pictures().pictures, None, ["a star"] * 3)}
+        },
         "does not name": {"pictures": {"star": (pictures().pictures, None, ["a dog"] * 3)}},
     }
     for words, data in bad.items():

@@ -160,10 +160,11 @@ class MACE(Eraser):
         began, counted = time.perf_counter(), model.cost.snapshot()
         wanted = as_concepts(concepts, keep)
         group = Projections(model, need_cross_attention(model, self.id))
-        own, captions = examples.given(data)
+        own, captions = examples.given(data, concepts=wanted)
+        # Before pictures are drawn: a mistake in a template or the guide shows here.
+        texts = [fusion.pairs(self, model, concept) for concept in wanted]
         shown = {c.name: self._examples(model, c, own, seed) for c in wanted}
         digest = examples.examples_digest(shown, captions)
-        texts = [fusion.pairs(self, model, concept) for concept in wanted]
         general, domain = fusion.preserved(self, model, wanted, keep, captions)
         prior = fusion.prior(self, group, general, domain)
         refined = self._refined(group, texts, prior)
