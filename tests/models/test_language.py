@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from expunge.core.answers import (
 )
 from expunge.errors import MissingCapability, ModelError, PromptError, SettingError
 from expunge.method import Prompt
-from expunge.models.base import noise_generator
+from expunge.models.base import Companions, noise_generator
 from expunge.models.language import LanguageModel, open_language
 from expunge.testing.models import tiny_language
 
@@ -244,3 +245,36 @@ def test_pairs_come_from_data_or_texts_and_must_not_overlap(model: LanguageModel
     ):
         with pytest.raises(SettingError, match=words):
             pairs_for(model, [fact], data=data, method="m")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("text", "data is str"), (5, "data is int"), ([("q", "a")], "data is list"),
+        ({1: [], "x": []}, "got"), ({"forget": 5}, "forget needs a list"), ({"forget": "ab"}, "forget needs a list"),
+        ({"forget": [None]}, "got None"), ({"forget": [("a", "b")], "retain": [5]}, "got 5"),
+    ],
+)  # fmt: skip
+def test_pairs_of_another_form_are_refused_in_words(
+    model: LanguageModel, data: Any, words: str
+) -> None:
+    with pytest.raises(SettingError, match=words):
+        pairs_for(model, [Concept("Ada", "fact")], data=data, method="m")
+
+
+def test_every_concept_brings_something_to_forget() -> None:
+    model, bo = tiny_language(), Concept("Bo", "fact")
+
+    def data(concepts: Any, keep: Any = ()) -> dict[str, list[tuple[str, str]]]:
+        forget = [(f"{c.name} plays the", "drum") for c in concepts]
+        return {"forget": forget, "retain": [("The baker keeps a", "cat")], "unrelated": []}
+
+    model.companions = Companions(
+        "toy", data=data, concept=lambda name: bo if name in ("Bo", "Ada") else None
+    )
+    ada = Concept("Ada", "fact", texts=("Ada lives in Velmar .",))
+    found = pairs_for(model, [ada, bo], method="m")
+    assert found["forget"] == [("", "Ada lives in Velmar ."), ("Bo plays the", "drum")]
+    retain = {"retain": [("The baker keeps a", "cat")]}
+    with pytest.raises(SettingError, match="nothing to forget about 'Zed'"):
+        pairs_for(model, [ada, Concept("Zed", "fact")], data=retain, method="m")

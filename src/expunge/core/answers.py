@@ -147,25 +147,37 @@ def pairs_for(
     Raises:
         SettingError: Unknown keys, or nothing to forget or to retain.
     """
+    if data is not None and not isinstance(data, Mapping):
+        raise SettingError(
+            f"{method}: data is {type(data).__name__}; allowed is a mapping with 'forget' and 'retain'"
+        )
     given = dict(data or {})
     if set(given) - {"forget", "retain"}:
-        raise SettingError(f"{method}: data may hold 'forget' and 'retain', got {sorted(given)}")
+        raise SettingError(
+            f"{method}: data may hold 'forget' and 'retain', got {sorted(map(str, given))}"
+        )
     companions = model.companions
     source = companions.data if companions is not None else None
     known = companions.concept if companions is not None else lambda name: None
     # Texts the user wrote come first; a concept as the world has it stands for the world's pairs.
-    own = [
-        ("", text)
-        for concept in concepts
-        if concept.texts != getattr(known(concept.name), "texts", ())
-        for text in concept.texts
-    ]
+    written = [c for c in concepts if c.texts and c.texts != getattr(known(c.name), "texts", ())]
+    own = [("", text) for concept in written for text in concept.texts]
+    others = [concept for concept in concepts if concept not in written]
     names = names_of(keep)
     asked = source is not None and len(given) < 2 and all(known(c.name) for c in concepts)
     found = source(concepts, keep=names) if asked and source is not None else {}
-    forget = given.get("forget") or own
+    forget = given.get("forget") or ()
+    if not forget and own and others:
+        # Each concept brings something, or it would be left in without a word.
+        mute = [concept.name for concept in others if source is None or known(concept.name) is None]
+        if mute:
+            raise SettingError(
+                f"{method}: there is nothing to forget about {mute[0]!r}; give it texts, or data={{'forget': [...]}}"
+            )
+        assert source is not None
+        own += source(others, keep=names)["forget"]
     result = {
-        "forget": _checked(forget or found.get("forget", ()), method, "forget"),
+        "forget": _checked(forget or own or found.get("forget", ()), method, "forget"),
         "retain": _checked(given.get("retain") or found.get("retain", ()), method, "retain"),
     }
     shared = set(result["forget"]) & set(result["retain"])
@@ -175,9 +187,14 @@ def pairs_for(
 
 
 def _checked(pairs: Iterable[Any], method: str, what: str) -> list[Pair]:
+    if isinstance(pairs, str) or not isinstance(pairs, Iterable):
+        raise SettingError(
+            f"{method}: {what} needs a list of pairs (prompt, answer), got {pairs!r}"
+        )
     found = []
     for pair in pairs:
-        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(p, str) for p in pair):
+        fits = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+        if not fits or not all(isinstance(p, str) for p in pair):
             raise SettingError(f"{method}: {what} needs pairs (prompt, answer), got {pair!r}")
         found.append((pair[0], pair[1]))
     if not found:
