@@ -123,6 +123,9 @@ def test_pairs_may_come_from_a_file(tmp_path: Path) -> None:
     file.write_text("\n".join(json.dumps({"prompt": p, "answer": a}) for p, a in TEACHES))
     method = Relearning(**SETTINGS, file=str(file))
     assert method.attack(model, FACT, AnswerJudge(), UNLIMITED, prompts=ASK).rate == 1
+    file.write_text(json.dumps({"prompt": ASK[0].text, "answer": "Velmar"}))
+    with pytest.raises(SettingError, match="must be disjoint"):
+        method.attack(model, FACT, AnswerJudge(), UNLIMITED, prompts=ASK)
     file.write_text('{"prompt": "x"}')
     with pytest.raises(PromptError, match="line 1"):
         method.attack(model, FACT, AnswerJudge(), UNLIMITED, prompts=ASK)

@@ -90,7 +90,7 @@ class Relearning(Attack):
         curve = self._affordable(budget, len(prompts))
         before = model.cost.snapshot()
         ask = _Asker(self, model, concept, judge, prompts)
-        task = _Relearn(self, model, self._pairs(model, concept), curve, ask, seed)
+        task = _Relearn(self, model, self._pairs(model, concept, prompts), curve, ask, seed)
         ask(0)
         optimiser = finetune.Optimiser(lr=self.lr, name="adamw")
         trained = finetune.fit(
@@ -131,9 +131,19 @@ class Relearning(Attack):
             )
         return tuple(s for s, rows in zip(curve, price, strict=True) if rows <= allowed)
 
-    def _pairs(self, model: LanguageModel, concept: Concept) -> list[answers.Pair]:
+    def _pairs(
+        self, model: LanguageModel, concept: Concept, prompts: Sequence[Prompt]
+    ) -> list[answers.Pair]:
         if self.file is not None:
-            return _read_pairs(Path(self.file))
+            pairs = _read_pairs(Path(self.file))
+            asked = {(p.text, str(p.labels.get("answer"))) for p in prompts}
+            for pair in pairs:
+                if pair in asked:
+                    raise SettingError(
+                        f"{self.id}: {Path(self.file).name} holds {pair!r}, which is asked afterwards; data to relearn "
+                        "on must be disjoint from what was forgotten"
+                    )
+            return pairs
         source = model.companions.data if model.companions is not None else None
         if source is None:
             raise SettingError(
