@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from expunge import Concept
+from expunge.core import fusion
 from expunge.core.closed_form import Moments, ValueMoments
 from expunge.core.projections import (
     Projections,
@@ -14,8 +17,12 @@ from expunge.core.projections import (
     registered_texts,
 )
 from expunge.core.token_policy import stream_pairs, stream_rows
+from expunge.erase.diffusion.mace import MACE
+from expunge.erase.diffusion.realera import RealEra
 from expunge.erase.diffusion.rece import RECE
+from expunge.erase.diffusion.trce import TRCE
 from expunge.erase.diffusion.uce import UCE
+from expunge.errors import ConceptError, SettingError
 from expunge.method import Prompt
 from expunge.models.base import Companions
 from expunge.testing import tiny_diffusion
@@ -74,6 +81,61 @@ def test_prompts_in_context_are_found_whatever_a_name_ends_in(name, guide):
         for shown in concept.names
         for i in range(2)
     ]
+
+
+def test_without_phrases_no_prompt_with_a_phrase_is_erased():
+    model = tiny_diffusion()
+    concept = Concept("star", phrases=("pentagram",), anchor="circle")
+    asked = []
+
+    def prompts(of, n, seed=0, split="test", route="name"):
+        asked.append(route)
+        shown = "pentagram" if route == "phrase" else of
+        return [Prompt(f"a photo of {shown} {i}", seed=i) for i in range(n)]
+
+    model.companions = Companions("toy", concept=lambda name: concept, prompts=prompts)
+    options = {"context_prompts": 2, "templates": ("a {}",)}
+    few = (
+        UCE(erase_phrases=False, **options),
+        TRCE(erase_phrases=False, stage2=False, ridge=1.0, **options),
+    )
+    for method in few:
+        edit = method.erase(model, concept, **({"data": ["a dog"]} if method.id == "trce" else {}))
+        assert edit.manifest.report["pairs"] == 4 and set(asked) == {"name"}
+    own = fusion.pairs(MACE(erase_phrases=False, **options), model, concept)
+    assert [pair.erased for pair in own] == [
+        "star", "a star", "a photo of star 0", "a photo of star 1",
+    ]  # fmt: skip
+    assert set(asked) == {"name"}
+    assert UCE(**options).erase(model, concept).manifest.report["pairs"] == 8  # control
+
+
+CLOSED = [UCE(), RECE(), MACE(steps=1), TRCE(ridge=1.0), RealEra()]
+
+
+@pytest.mark.parametrize("method", CLOSED, ids=lambda m: m.id)
+def test_requests_that_would_do_nothing_are_refused_before_any_work(model, method):
+    before = model.cost.snapshot()
+    star = Concept("star", phrases=("pentagram",), anchor="circle")
+    for bad, said in (
+        ({"templates": ("a photo",)}, "'a photo', which names no concept"),
+        ({"guide": "Star"}, "is 'star' itself"),
+        ({"guide": "pentagram"}, "is 'star' itself"),
+    ):
+        with pytest.raises(SettingError, match=said):
+            dataclasses.replace(method, **bad).erase(model, star)
+    for keep in ("star", [Concept("pentagram")], ["heart", Prompt("Star")]):
+        with pytest.raises(ConceptError, match="also erased"):
+            method.erase(model, star, keep=keep)
+    assert not {name for name in model.cost.since(before) if name.startswith("denoiser")}
+    with pytest.raises(SettingError, match="subject holds"):
+        TRCE(subject="a photo").erase(model, star)
+
+
+def test_prompts_are_kept_as_their_texts(model):
+    told = UCE().erase(model, STAR, keep=[Prompt("a red heart", seed=4)])
+    assert told == UCE().erase(model, STAR, keep=["a red heart"])
+    assert told.manifest.keep == ["a red heart"]
 
 
 def test_the_report_of_per_layer_targets_says_what_that_of_shared_ones_says():

@@ -152,16 +152,21 @@ class Debias:
 
     def _pairs(self, concept: Concept) -> list[list[Pair]]:
         """For every attribute the concept's texts with the attribute in its place."""
+        if {word.lower() for word in self.words} & {name.lower() for name in concept.names}:
+            raise self._nothing_open(concept)
         found = []
         for attribute in self.attributes:
             named = dataclasses.replace(self.method, guide=attribute.name, general_prompts=0)
             found.append(edited_texts(named, self.model, [concept], ())[0])
         if all(self._says(pair.erased) for pair in found[0]):
-            raise SettingError(
-                f"{self.method.id}: every text of {concept.name!r} says one of the attributes "
-                f"{', '.join(self.method.attributes)} itself, so there is no share to change"
-            )
+            raise self._nothing_open(concept)
         return found
+
+    def _nothing_open(self, concept: Concept) -> SettingError:
+        return SettingError(
+            f"{self.method.id}: every text of {concept.name!r} says one of the attributes "
+            f"{', '.join(self.method.attributes)} itself, so there is no share to change"
+        )
 
     def _group(self, projections: Projections) -> _Group:
         text, method = projections.text, self.method

@@ -30,6 +30,7 @@ from ..errors import SettingError
 from .closed_form import ValueMoments
 from .mentions import without
 from .projections import Projections, erased_pairs, kept_texts, registered_texts
+from .prompt_templates import with_place
 from .token_policy import Pair, accumulate
 
 __all__ = ["PLAIN", "STYLED", "fused", "pairs", "preserved", "prior", "thirty"]
@@ -54,13 +55,16 @@ def thirty(kind: str) -> tuple[str, ...]:
 
 def pairs(method: Any, model: Any, concept: Concept) -> list[Pair]:
     """Every text of a concept, and the same with its mapping concept."""
+    with_place(method.id, "templates", method.templates)
     own = erased_pairs(
         [concept],
         method.guide,
         phrases=method.erase_phrases,
         templates=method.templates or thirty(concept.kind),
     )
-    more, _ = registered_texts(model, [concept], method.guide, method.context_prompts, 0)
+    more, _ = registered_texts(
+        model, [concept], method.guide, method.context_prompts, 0, phrases=method.erase_phrases
+    )
     return list(dict.fromkeys([*own, *more]))
 
 

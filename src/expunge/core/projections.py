@@ -15,9 +15,11 @@ import torch
 
 from ..concept import Concept, listed, names_of
 from ..edit import Edit, deltas
+from ..errors import SettingError
 from .closed_form import Solution, ValueMoments, gram, layer_changes, moved
 from .factors import thin_factors
 from .mentions import exchanged
+from .prompt_templates import with_place
 from .token_policy import Pair, stream_rows, unique_pairs
 
 if TYPE_CHECKING:
@@ -38,13 +40,7 @@ __all__ = [
 ]
 
 STYLE_TEMPLATES = ("painting by {}", "art by {}", "artwork by {}", "picture by {}", "style of {}")
-OBJECT_TEMPLATES = (
-    "image of {}",
-    "photo of {}",
-    "portrait of {}",
-    "picture of {}",
-    "painting of {}",
-)
+OBJECT_TEMPLATES = ("image of {}", "photo of {}", "portrait of {}", "picture of {}", "painting of {}")  # fmt: skip
 
 
 class Projections:
@@ -94,8 +90,15 @@ def guide_of(concept: Concept, guide: str | None) -> str:
     """What takes a concept's place: the setting, else the concept's anchor, else by kind.
 
     Styles become "art" and everything else the empty text, as in UCE.
+
+    Raises:
+        SettingError: The setting is the concept itself, which would change nothing.
     """
     if guide is not None:
+        if guide.strip().lower() in (name.lower() for name in concept.names):
+            raise SettingError(
+                f"the guide {guide!r} is {concept.name!r} itself; choose what may take its place"
+            )
         return guide
     if concept.anchor is not None:
         return concept.anchor
@@ -164,6 +167,8 @@ def registered_texts(
     contexts: int,
     general: int,
     told: Sequence[str] = (),
+    *,
+    phrases: bool = True,
 ) -> tuple[list[Pair], list[str]]:
     """Whole prompts of the world a model comes from: pairs to erase, and general captions to keep.
 
@@ -178,6 +183,7 @@ def registered_texts(
         contexts: Pairs for each concept.
         general: General captions in all.
         told: Names the eraser is told to keep.
+        phrases: Also prompts that call a concept by a listed phrase.
     """
     companions = model.companions
     if companions is None:
@@ -186,11 +192,13 @@ def registered_texts(
     pairs: list[Pair] = []
     for concept in known if contexts and companions.prompts is not None else ():
         instead = guide_of(concept, guide)
-        for route in ("name", "phrase") if concept.phrases else ("name",):
+        for route in ("name", "phrase") if phrases and concept.phrases else ("name",):
             for prompt in companions.prompts(
                 concept.name, contexts, seed=0, split="development", route=route
             ):
-                text, name = exchanged(prompt.text, concept.names, instead)
+                text, name = exchanged(
+                    prompt.text, concept.names if phrases else (concept.name,), instead
+                )
                 if name is not None:
                     pairs.append(Pair(prompt.text, text, name))
     return unique_pairs(pairs), general_captions(model, concepts, general, told)
@@ -228,21 +236,14 @@ def edited_texts(
     They are ``guide``, ``erase_phrases``, ``expand_prompts``, ``templates``, ``context_prompts`` and
     ``general_prompts``; see :func:`erased_pairs`, :func:`kept_texts` and :func:`registered_texts`.
     """
+    with_place(method.id, "templates", method.templates)
     pairs = erased_pairs(
-        concepts,
-        method.guide,
-        phrases=method.erase_phrases,
-        expand=method.expand_prompts,
-        templates=method.templates,
-    )
+        concepts, method.guide, phrases=method.erase_phrases, expand=method.expand_prompts, templates=method.templates,
+    )  # fmt: skip
     more, general = registered_texts(
-        model,
-        concepts,
-        method.guide,
-        method.context_prompts,
-        method.general_prompts,
-        kept_texts(keep),
-    )
+        model, concepts, method.guide, method.context_prompts, method.general_prompts, kept_texts(keep),
+        phrases=method.erase_phrases,
+    )  # fmt: skip
     kept = dict.fromkeys([*kept_texts(keep, method.templates), *general])
     return unique_pairs([*pairs, *more]), list(kept)
 

@@ -233,6 +233,11 @@ def test_bad_requests_are_refused_before_any_work(model):
         method().erase(model, STAR)
     with pytest.raises(SettingError, match="red star"):
         method().erase(model, Concept("red star"), judge=judge)
+    with pytest.raises(SettingError, match="every text of 'red'"):
+        method().erase(model, Concept("red"), judge=judge)
+    for unused in ({"attributes": ("red", "blue")}, {"ratios": (0.5, 0.5)}):
+        with pytest.raises(SettingError, match="allowed with technique='debias'"):
+            UCE(**unused)
     assert not model.cost.since(before)
     with pytest.raises(SettingError):
         method(ratios=(-0.5, 1.5))

@@ -235,13 +235,10 @@ class RealEra(Eraser):
         self, model: Any, concepts: Sequence[Concept], keep: Sequence[Any], known: Words | None
     ) -> tuple[list[Pair], list[str], dict[str, Any]]:
         """Pairs to erase, texts to keep, and the words of the vocabulary that were erased or left out."""
-        told = list(concepts)
-        if not self.erase_phrases:
-            told = [dataclasses.replace(concept, phrases=()) for concept in concepts]
-        pairs, kept = edited_texts(self, model, told, keep)
+        pairs, kept = edited_texts(self, model, concepts, keep)
         report: dict[str, Any] = {}
         spared = kept_texts(keep)
-        for concept in told if known is not None and self.vocabulary_neighbours else ():
+        for concept in concepts if known is not None and self.vocabulary_neighbours else ():
             assert known is not None
             guide = guide_of(concept, self.guide)
             near = known.nearest(concept.name, self.vocabulary_neighbours, leave=(guide,))

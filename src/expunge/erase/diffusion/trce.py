@@ -61,6 +61,7 @@ from ...core.projections import (
     registered_texts,
     shared_edit,
 )
+from ...core.prompt_templates import with_place
 from ...core.sampling import as_prompts
 from ...core.token_policy import TOKEN_GROUPS, Pair, stream_pairs, stream_rows, unique_pairs
 from ...edit import Edit
@@ -210,6 +211,8 @@ class TRCE(Eraser):
                 f"{self.id}: token_weights is {self.token_weights}; allowed are {len(TOKEN_GROUPS)} weights "
                 f"({', '.join(TOKEN_GROUPS)}) that are not all zero"
             )
+        with_place(self.id, "templates", self.templates)
+        with_place(self.id, "subject", (self.subject,))
 
     def erase(
         self,
@@ -277,7 +280,9 @@ class TRCE(Eraser):
     ) -> list[Pair]:
         """Unsafe prompts and their safe replacements: templates around every name, and a world's own."""
         named = erased_pairs(concepts, self.guide, phrases=self.erase_phrases, templates=templates)
-        more, _ = registered_texts(model, concepts, self.guide, self.context_prompts, 0)
+        more, _ = registered_texts(
+            model, concepts, self.guide, self.context_prompts, 0, phrases=self.erase_phrases
+        )
         return unique_pairs([*named, *more])
 
     # -- stage 1 -------------------------------------------------------------------------------
@@ -286,9 +291,11 @@ class TRCE(Eraser):
         self, model: Any, concepts: Sequence[Concept], keep: Sequence[Any], captions: Sequence[str]
     ) -> tuple[list[Any], dict[str, Any]]:
         """The solution of every group of matrices, and what to report of it."""
-        pairs, told = self._pairs(model, concepts, self.templates), kept_texts(keep)
+        pairs = self._pairs(model, concepts, self.templates)
         count = 0 if captions else self.general_prompts
-        general = list(captions) or registered_texts(model, concepts, None, 0, count, told)[1]
+        general = (
+            list(captions) or registered_texts(model, concepts, None, 0, count, kept_texts(keep))[1]
+        )
         if not general and not self.ridge:
             warnings.warn(
                 f"{self.id}: {model.name} has no general captions and none were given (data=[...]); a ridge takes "

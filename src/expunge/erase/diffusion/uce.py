@@ -55,6 +55,7 @@ from ...core.token_policy import (
     stream_rows,
 )
 from ...edit import Edit
+from ...errors import SettingError
 from ...method import Eraser, Judge, setting
 
 __all__ = ["UCE"]
@@ -131,6 +132,15 @@ class UCE(Eraser):
         "Debias: a concept rests in a round where all its shares are closer than this",
         minimum=0,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("attributes", "ratios"):
+            if self.technique != "debias" and getattr(self, name):
+                raise SettingError(
+                    f"{self.id}: {name} is {getattr(self, name)!r}, but technique={self.technique!r} erases the "
+                    "name itself; allowed with technique='debias'"
+                )
 
     def erase(
         self,
