@@ -22,7 +22,9 @@ def latents(model, seed=0, count=2):
 
 def scheduled(model, **changes):
     scheduler = model.pipeline.scheduler
-    model.pipeline.scheduler = type(scheduler).from_config({**scheduler.config, **changes})
+    # As arguments: what a copied configuration says of options that were left out is thrown away by diffusers.
+    model.pipeline.scheduler = type(scheduler).from_config(scheduler.config, **changes)
+    assert all(model.pipeline.scheduler.config[name] == value for name, value in changes.items())
     return model
 
 
