@@ -303,6 +303,16 @@ def test_a_sequence_can_be_taken_back_bit_for_bit(bench: Bench, records: Path) -
     assert [result["states"][s]["edit"]["edits"] for s in ("stacked", "taken back")] == [3, 2]
 
 
+def test_a_sequence_of_one_leaves_nothing_when_it_is_taken_back(
+    bench: Bench, records: Path
+) -> None:
+    case = many_case(bench.companions, "object", 1, 0, 4, taken=True)
+    file = measure(Cell("sequence", "sequence", Choice.parse(UCE), case, 0, 4), bench)
+    assert file is not None
+    states = json.loads(file.read_text())["result"]["states"]
+    assert states["stacked"]["edit"]["edits"] == 1 and states["taken back"]["edit"] is None
+
+
 def test_the_check_of_exactness_can_fail(bench: Bench) -> None:
     from expunge.run.comparison import work
 

@@ -247,12 +247,13 @@ def _redrawn(case: Case) -> Case:
     return dataclasses.replace(case, sets=sets)
 
 
-def _size(bench: Bench, model: Any, case: Case) -> dict[str, Any]:
-    """Rank, relative change, drift, seconds and rows of the edits on a model, taken together."""
+def _size(bench: Bench, model: Any, case: Case) -> dict[str, Any] | None:
+    """Rank, relative change, drift, seconds and rows of the edits on a model, taken together; ``None`` without any."""
     gone = {concept.name for concept in case.concepts}
     names = [name for name in bench.companions.unrelated if name not in gone]
     made = edit_record(model, names, Notes())
-    assert made is not None
+    if made is None:  # a sequence of one, taken back
+        return None
     edits = list(model.edits)
     cost: dict[str, int] = {}
     for edit in edits:
