@@ -11,7 +11,7 @@ import torch
 from expunge import Concept
 from expunge.attack.diffusion.closed_form import ClosedFormAttack
 from expunge.erase.diffusion.uce import UCE
-from expunge.errors import SettingError
+from expunge.errors import SettingError, UnsupportedModel
 from expunge.method import Budget, Judge, Prompt, Verdicts, budget
 from expunge.testing import tiny_diffusion
 
@@ -108,6 +108,10 @@ def test_a_separate_original_gives_the_same_as_lifting(model, edit, judge):
         )
     assert np.abs(own.outputs.astype(int) - apart.outputs).max() <= 1
     assert np.array_equal(own.outputs, none.outputs)
+    with pytest.raises(UnsupportedModel, match="reference is 'world'; allowed is an opened model"):
+        ClosedFormAttack().attack(
+            model, STAR, judge, budget("quick"), prompts=PROMPTS, reference="world"
+        )
 
 
 def test_an_allowance_that_is_too_small_is_refused_in_words(model, judge):

@@ -13,7 +13,7 @@ import torch
 from expunge.attack.language.relearning import Relearning
 from expunge.concept import Concept
 from expunge.core.answers import AnswerJudge
-from expunge.errors import PromptError, SettingError
+from expunge.errors import InputError, PromptError, SettingError
 from expunge.method import BUDGETS, Budget, Prompt
 from expunge.models.base import Companions
 from expunge.models.language import LanguageModel
@@ -139,6 +139,21 @@ def test_data_that_hold_a_forgotten_fact_are_refused(model: LanguageModel) -> No
         Relearning().attack(other, FACT, AnswerJudge(), UNLIMITED, prompts=ASK)
     with pytest.raises(PromptError, match="no prompt"):
         Relearning().attack(model, FACT, AnswerJudge(), UNLIMITED, prompts=[])
+
+
+def test_names_will_do_for_concept_and_budget(model: LanguageModel) -> None:
+    method = Relearning(**{**SETTINGS, "curve": (2,)})
+    named = method.attack(model, "Ada Morn", AnswerJudge(), "paper", prompts=ASK)
+    plain = method.attack(model, FACT, AnswerJudge(), UNLIMITED, prompts=ASK)
+    assert named.budget == "paper" and named.items == plain.items
+    for more, words in (
+        ({"concept": 5}, "the concept is 5"),
+        ({"budget": "papr"}, "did you mean 'paper'"),
+        ({"prompts": ["Ada Morn was born in"]}, "no label 'answer'"),
+    ):
+        given = {"concept": FACT, "judge": AnswerJudge(), "budget": "paper", "prompts": ASK, **more}
+        with pytest.raises(InputError, match=words):
+            method.attack(model, **given)
 
 
 def test_presets_by_budget() -> None:

@@ -35,6 +35,7 @@ from ...core.derivation import norm_budgeted, residuals
 from ...core.trials import picture_rows, received
 from ...errors import SettingError, UnsupportedModel
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
+from ...models.base import Model
 
 __all__ = ["ClosedFormAttack"]
 
@@ -82,6 +83,11 @@ class ClosedFormAttack(Attack):
         with its edits lifted does.  See :meth:`expunge.method.Attack.attack`.
         """
         concept, budget, prompts = received(self, model, concept, budget, prompts)
+        if reference is not None and not isinstance(reference, Model):
+            raise UnsupportedModel(
+                f"{self.id}: the reference is {reference!r}; allowed is an opened model, or None for this one without "
+                "edits"
+            )
         before = model.cost.snapshot()
         listed = list(prompts)
         self._check(budget, model, listed)

@@ -26,7 +26,7 @@ import torch
 
 from ...concept import Concept
 from ...core import answers, finetune
-from ...core.sampling import as_prompts
+from ...core.trials import received
 from ...errors import PromptError, SettingError
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, Verdicts, setting
 from ...models.base import noise_generator
@@ -84,8 +84,7 @@ class Relearning(Attack):
         Raises:
             SettingError: The budget does not pay for a single step budget.
         """
-        model.check_family(self)
-        prompts = as_prompts(prompts)
+        concept, budget, prompts = received(self, model, concept, budget, prompts)
         model.needs("gradients", "generate")
         curve = self._affordable(budget, len(prompts))
         before = model.cost.snapshot()
