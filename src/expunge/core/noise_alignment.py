@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..edit import Edit, deltas
-from ..errors import MissingPart, UnsupportedModel
+from ..errors import MissingPart, SettingError, UnsupportedModel
 from ..models.diffusion import DiffusionModel
 from ..models.types import Condition
 from . import finetune, scores, trajectories
@@ -74,6 +74,9 @@ class Alignment(finetune.Task):
         stage: The edit of the first stage, not on the model.
         pairs: What is erased and what replaces it; the texts are walked towards in turn.
         seed: Seed of points, perturbations and the start of the changes.
+
+    Raises:
+        SettingError: The bank has no point for some of the texts.
     """
 
     def __init__(
@@ -104,6 +107,11 @@ class Alignment(finetune.Task):
         self.changes = LowRank(model, names, rank=method.lora_rank, seed=seed, purpose="alignment")
         self.bank: tuple[trajectories.Trajectories, Tensor] | None = None
         if method.bank is not None:
+            if method.bank < len(self.texts):
+                raise SettingError(
+                    f"bank={method.bank} has no point for {len(self.texts) - method.bank} of {len(self.texts)} texts; "
+                    "allowed is at least one each"
+                )
             points = self._walked(0, method.bank)
             self.bank = points, self.targets(points)
 

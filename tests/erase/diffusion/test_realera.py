@@ -334,6 +334,11 @@ def test_layer_choices(model):
         adapted(bare, "attention")
 
 
+def test_a_bank_that_leaves_a_text_out_is_refused(model):
+    with pytest.raises(SettingError, match="bank=1 has no point for 1 of 2 texts"):
+        RealEra(**{**QUICK, "bank": 1}, erase_phrases=False).erase(model, [STAR, SQUARE])
+
+
 def test_settings_that_cannot_work_are_refused():
     for wrong, said in (
         ({"ridge": 0.0}, "ridge"),

@@ -322,6 +322,14 @@ def test_stacked_on_another_edit_the_teacher_is_what_stands_there(model):
 # -- settings --------------------------------------------------------------------------------------
 
 
+def test_a_bank_that_leaves_a_name_out_is_refused(model):
+    many = [Concept(name, anchor="circle") for name in ("star", "heart", "square", "blue")]
+    before = model.cost.snapshot()
+    with pytest.raises(SettingError, match="bank=3 has no point for 1 of 4 names"):
+        TRCE(**QUICK).erase(model, many, data=CAPTIONS)
+    assert "denoiser.forward" not in model.cost.since(before)
+
+
 def test_presets_and_settings(model):
     assert TRCE() == TRCE.configured("paper:unsafe") and TRCE().eta == 1e-4
     assert TRCE.configured("paper:themes").eta == pytest.approx(0.02**2)

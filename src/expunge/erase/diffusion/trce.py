@@ -246,8 +246,15 @@ class TRCE(Eraser):
             more = {"keep": shared["keep"], "data": shared["data_digest"]}
             request = finetune.request(self, model, wanted, **more)
             pairs = self._pairs(model, wanted, (self.subject,))
-            whole = [pair for pair in pairs if pair.erased != pair.keyword]
-            task = _Contrast(self, model, whole or pairs, seed)
+            whole = [pair for pair in pairs if pair.erased != pair.keyword] or pairs
+            # Prompts of templates, one a name, come before a world's: these are what a small bank must hold.
+            names = {str(pair.keyword).lower() for pair in whole}
+            if self.bank is not None and self.bank < len(names):
+                raise SettingError(
+                    f"{self.id}: bank={self.bank} has no point for {len(names) - self.bank} of {len(names)} names; "
+                    "allowed is at least one each"
+                )
+            task = _Contrast(self, model, whole, seed)
         stage = None
         if self.stage1:
             solved, report = self._solved(model, wanted, keep, captions)
