@@ -107,7 +107,7 @@ class Bench:
         found: Concept | None = self.companions.concept(name)
         if found is None:
             raise SettingError(
-                f"the world of {self.model.name} has no concept {name!r}"
+                f"{self.model.name} knows no concept {name!r}"
                 f"{nearest(name, self.companions.never_lacks)}"
             )
         return found

@@ -36,13 +36,13 @@ def scatter(erasers: Sequence[Mapping[str, Any]], *, page: bool = True) -> str |
     with matplotlib.rc_context({**STYLE, **white, "svg.hashsalt": "leaderboard"}):
         figure = Figure(figsize=(6.6, height))
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.115, 0.52 / height, 0.58, 1 - 0.64 / height))
+        axes = figure.add_axes((0.14, 0.52 / height, 0.555, 1 - 0.64 / height))
         _limits(axes, known)
         for place, row in enumerate(known):
             _point(axes, row, FIRST if place == 0 else POINT)
         _names(axes, known)
         axes.set_xlabel("kept utility: share of the original's hits on kept concepts")
-        axes.set_ylabel("robustness: share that no search for a text brings back")
+        axes.set_ylabel("robustness: share that no\nsearch for a text brings back")
         axes.spines["left"].set_visible(True)
         axes.grid(alpha=0.18, color=INK, linewidth=0.5)
         axes.set_axisbelow(True)

@@ -22,8 +22,8 @@ NOTES = (
     "in embeddings, which nobody can type.",
     "Kept is what is left of the original's hits on kept concepts that the eraser was not told of. The score is the "
     "harmonic mean of both, each clipped to 0 to 1.",
-    "Brackets are 95 % intervals of a bootstrap that draws seeds, and prompts within them, for all arms together; with "
-    "one seed only prompts. A mean over concepts weighs each concept the same.",
+    "The ranges behind or below the numbers are 95 % intervals of a bootstrap that draws seeds, and prompts within "
+    "them, for all arms together; with one seed only prompts. A mean over concepts weighs each concept the same.",
 )
 HEAD = (
     "eraser", "score", "robustness", "against embeddings too", "kept", "shown by name", "shown otherwise",

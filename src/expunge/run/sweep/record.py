@@ -264,4 +264,6 @@ def read(file: Path) -> Record:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "document"
-        raise RunError(f"{file.name}: {where}: {first['msg']}") from None
+        raise RunError(
+            f"{file.name}: is no record of a sweep ({where}: {first['msg']}); `expunge sweep --record` writes one"
+        ) from None
