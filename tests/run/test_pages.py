@@ -197,3 +197,17 @@ def test_only_the_part_between_markers_changes_and_a_missing_marker_is_named() -
     assert new == text.replace("old", "new") and pages.between(new, "x") == "new"
     with pytest.raises(RunError, match="some page"):
         pages.filled(text, "y", "new", "some page")
+
+
+def test_a_battery_that_was_not_run_at_this_version_is_not_called_red(monkeypatch):
+    from expunge import catalogue
+    from expunge.run import status
+
+    now = catalogue.version("uce")
+    for before, mark in (
+        ({"version": now, "battery": True}, "green"),
+        ({"version": now, "battery": False}, "red"),
+        ({"version": now - 1, "battery": True}, "not run"),
+    ):
+        made = status.derive(["uce"], run_battery=False, before={"uce": before})
+        assert f"| {mark} |" in status.table(made)

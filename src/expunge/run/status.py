@@ -48,17 +48,21 @@ def battery(id: str) -> tuple[bool, str]:
 def derive(
     ids: Iterable[str], run_battery: bool = True, before: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Status records by id; without running it, the battery's last verdict at the same version stays."""
+    """Status records by id; without running it, the battery's last verdict at the same version stays.
+
+    ``battery`` is ``None`` where it was not run at this version.
+    """
     found: dict[str, Any] = {}
     for id in ids:
         version = catalogue.version(id)
+        green: bool | None
         if run_battery:
             green, reason = battery(id)
             if not green:
                 print(f"{id}: {reason}")
         else:
             last = (before or {}).get(id, {})
-            green = bool(last.get("battery")) and last.get("version") == version
+            green = last.get("battery") if last.get("version") == version else None
         counted = claims(id, version)
         found[id] = {
             "version": version,
@@ -80,7 +84,7 @@ def table(status: dict[str, Any]) -> str:
         record = status.get(system.id)
         if record is None:
             continue
-        mark = "green" if record["battery"] else "red"
+        mark = {True: "green", False: "red"}.get(record["battery"], "not run")
         counts = " | ".join(str(record[key]) for key in ("held", "failed", "waiting"))
         lines.append(f"| `{system.id}` | {system.verb} | {system.family} | {mark} | {counts} |")
     planned = sum(system.id not in status for system in catalogue.systems())
