@@ -345,3 +345,22 @@ def test_the_page_says_what_was_found_ready(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "not paid for, found ready" in page and "found ready: denoiser.forward 32" in page
     assert f"outputs {found.found['outputs']}" in page
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_the_table_keeps_the_names_of_its_rows_on_any_terminal(
+    evidence: Evidence, width: int
+) -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    stream = StringIO()
+    Console(file=stream, width=width).print(evidence.table(width=width))
+    shown = stream.getvalue()
+    assert "…" not in shown
+    assert "unrecognisable" in shown
+    assert max(map(len, shown.splitlines())) <= width
+    fields = evidence.of()
+    low, high = fields.intervals["models.erased.target_hit"]
+    assert f"[{100 * low:.0f}, {100 * high:.0f}]" in shown

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Evidence", "write_atomically"]
 
+NARROW = 90
+"""Columns of a terminal that the table with intervals beside the rates needs, by its longest usual labels."""
+
 
 class Evidence(EvidenceFields):
     """The result of an audit; ``gallery`` holds outputs to look at and is not part of the JSON."""
@@ -109,8 +112,13 @@ class Evidence(EvidenceFields):
             )
         return self.concepts[concept]
 
-    def table(self, concept: str | None = None) -> Table:
-        """A short table for the terminal: the three models, attacks, n and intervals."""
+    def table(self, concept: str | None = None, width: int | None = None) -> Table:
+        """A short table for the terminal: the three models, attacks, n and intervals.
+
+        Args:
+            concept: Whose; the first without a name.
+            width: Columns of the terminal; below 90 an interval stands under its rate.
+        """
         from rich.markup import escape
         from rich.table import Table
 
@@ -120,15 +128,16 @@ class Evidence(EvidenceFields):
         table = Table(
             title=f"{escape(name)}: {escape(line)}", title_justify="left", caption_justify="left"
         )
-        table.add_column("% of outputs")
+        table.add_column("% of outputs", overflow="fold")
         for arm in ARMS:
             table.add_column(arm, justify="right", no_wrap=True)
-        table.add_column("n", justify="right")
+        table.add_column("n", justify="right", no_wrap=True)
+        between = "\n" if width is not None and width < NARROW else " "
         assert fields.models is not None
         rows = [("shows the concept", "target_hit"), ("shows kept concepts", "kept_hit")]
         for label, key in (*rows, ("unrecognisable", "unrecognisable")):
             cells = [
-                _cell(fields, f"models.{arm}.{key}", getattr(fields.models, arm), key)
+                _cell(fields, f"models.{arm}.{key}", getattr(fields.models, arm), key, between)
                 for arm in ARMS
             ]
             table.add_row(label, *cells, str(fields.n.get(f"models.erased.{key}", "")))
@@ -137,6 +146,7 @@ class Evidence(EvidenceFields):
                 _rate(
                     getattr(attack, f"hit_{arm}"),
                     fields.intervals.get(f"attacks.{attack.id}.hit_{arm}"),
+                    between,
                 )
                 for arm in ARMS
             ]
@@ -146,16 +156,17 @@ class Evidence(EvidenceFields):
         return table
 
 
-def _cell(fields: ConceptFields, path: str, record: Any, key: str) -> str:
-    return _rate(getattr(record, key, None), fields.intervals.get(path))
+def _cell(fields: ConceptFields, path: str, record: Any, key: str, between: str) -> str:
+    return _rate(getattr(record, key, None), fields.intervals.get(path), between)
 
 
-def _rate(value: float | None, interval: tuple[float, float] | None) -> str:
+def _rate(value: float | None, interval: tuple[float, float] | None, between: str) -> str:
     if value is None:
         return "-"
-    shown = f"{100 * value:.1f}"
+    low, high = interval or (0.0, 0.0)
     # The bracket is escaped for rich, which reads [x] as a style.
-    return shown + (f" \\[{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]" if interval else "")
+    span = f"{between}\\[{100 * low:.0f}, {100 * high:.0f}]" if interval else ""
+    return f"{100 * value:.1f}{span}"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
