@@ -102,6 +102,7 @@ def _from_library(text: str, layout: str | None, dtype: Any, device: str) -> Mod
 
         from .diffusion import DiffusionModel
 
+        _whole(Path(text))
         pipeline = DiffusionPipeline.from_pretrained(
             text, torch_dtype=dtype or torch.float32, use_safetensors=True, **_absent(Path(text))
         )
@@ -118,6 +119,22 @@ def _absent(folder: Path) -> dict[str, None]:
     index = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     towers = ("text_encoder", "tokenizer")
     return {name: None for name in index if name.startswith(towers) and index[name] == [None, None]}
+
+
+_VOCABULARIES = ("vocab.json", "tokenizer.json", "vocab.txt", "spiece.model", "tokenizer.model")
+
+
+def _whole(folder: Path) -> None:
+    """Refuse a folder without the vocabulary of a tokenizer: the library would make up an empty one, in silence."""
+    file = folder / "model_index.json"
+    index = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for name, kind in index.items():
+        if not name.startswith("tokenizer") or kind == [None, None]:
+            continue
+        if not any((folder / name / one).is_file() for one in _VOCABULARIES):
+            raise ModelError(
+                f"{folder}: {name} holds no vocabulary ({', '.join(_VOCABULARIES)}); the folder is not complete"
+            )
 
 
 def _hub_layout(text: str) -> str:

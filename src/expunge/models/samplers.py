@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModel
+from ..errors import SettingError, UnsupportedModel
 from .types import PredictionKind
 
 __all__ = ["Sampler", "alpha_sigma", "prediction_kind"]
@@ -96,6 +96,7 @@ class Sampler:
 
     Raises:
         UnsupportedModel: The scheduler draws noise that cannot be given to it.
+        SettingError: The scheduler cannot walk in so many steps.
     """
 
     guided = True
@@ -120,7 +121,10 @@ class Sampler:
                 f"{name} draws noise in its steps but takes no generator, so a picture would depend on the "
                 "global random state; choose a scheduler without noise or one whose step takes a generator"
             )
-        scheduler.set_timesteps(steps, device=device, **(options or {}))
+        try:
+            scheduler.set_timesteps(steps, device=device, **(options or {}))
+        except ValueError as error:  # more steps than it was trained with, for example
+            raise SettingError(f"{name} cannot walk in {steps} steps ({error})") from error
         self.times: Tensor = scheduler.timesteps
         self.order: int = getattr(scheduler, "order", 1)
         self.stops = range(0, len(self.times), self.order)[:steps]

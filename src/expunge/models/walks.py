@@ -116,6 +116,8 @@ def walk(
     begun = _Beginning(model, sampler, seeds, steps, source)
     latents = begun.latents
     weight = torch.as_tensor(guidance, device=model.device, dtype=model.dtype).expand(count)
+    if not bool(torch.isfinite(weight).all()):
+        raise SettingError(f"{model.name}: guidance is NaN or infinite; a finite number is needed")
     both = model.two_branches and sampler.guided and bool((weight != 1.0).any())
     if not model.two_branches:
         condition = model.with_guidance(condition, weight)
