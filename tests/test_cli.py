@@ -1,8 +1,11 @@
 """The command line, driven as a person would: quick listings, one-sentence errors, a whole erase on a tiny model."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,6 +63,7 @@ def test_methods_filters_and_shows_one(capsys):
         (("frobnicate",), "frobnicate"),
         (("generate", "-m", "./missing", "-p", "x", "-o", "o"), "not a folder"),
         (("inspect", "missing.safetensors"), "regular file"),
+        (("leaderboard", "pyproject.toml", "--page", "x"), "no record of a sweep"),
     ],
 )
 def test_mistakes_are_one_sentence_and_no_traceback(capsys, arguments, words):
@@ -162,8 +166,6 @@ def test_unknown_settings_and_presets_are_refused_with_the_nearest(capsys, folde
 
 def test_the_kind_of_the_concepts_selects_the_preset():
     """Only where no preset is asked for and no world has one; several kinds take the defaults."""
-    from types import SimpleNamespace
-
     from expunge import Concept
     from expunge.cli.common import configured
 
@@ -230,3 +232,111 @@ def test_a_model_without_a_judge_is_refused_before_anything_is_done(
     status, _, err = run(capsys, command, *arguments)
     assert status == 1 and "has no judge of its own; name one with --judge" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_group_alone_shows_its_help_and_no_empty_error(capsys):
+    status, out, err = run(capsys, "world")
+    assert status == 2 and "export" in out + err
+    assert "expunge:" not in err
+
+
+def test_methods_tells_what_runs_from_what_is_only_planned(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    _, out, _ = run(capsys, "methods", "--runs", "--json")
+    rows = json.loads(out)
+    assert rows and all(row["implemented"] for row in rows)
+    _, out, _ = run(capsys, "methods", "--runs")
+    assert "planned" not in out and "works" in out and "unproven" in out
+
+
+def test_names_are_not_cut_on_a_narrow_terminal(capsys, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    _, out, _ = run(capsys, "methods", "rece")
+    assert "epoch_preserve_scale" in out
+    assert "…" not in out
+    run(capsys, "erase", "-m", folder, "-c", "star", "--method", "uce", "-o", tmp_path)
+    _, out, _ = run(capsys, "inspect", tmp_path / "edit.safetensors")
+    assert "…" not in out
+    done = subprocess.run(
+        [sys.executable, "-m", "expunge", "audit", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "60"},
+    )
+    assert "--concept-file" in done.stdout
+
+
+def test_what_a_sampler_cannot_do_is_said_in_words(capsys, folder, tmp_path):
+    ask = ("generate", "-m", folder, "-p", "a star", "-o", tmp_path)
+    status, _, err = run(capsys, *ask, "--steps", 5000)
+    assert status == 1 and "cannot walk in 5000 steps" in err
+    status, _, err = run(capsys, *ask, "--steps", 2, "--guidance", "nan")
+    assert status == 1 and "guidance is NaN" in err
+
+
+def test_a_folder_without_a_vocabulary_is_not_opened(capsys, folder, tmp_path):
+    half = shutil.copytree(folder, tmp_path / "half")
+    shutil.rmtree(half / "tokenizer")
+    erase = ("erase", "-m", half, "-c", "star", "--method", "uce", "-o", tmp_path / "out")
+    status, _, err = run(capsys, *erase)
+    assert status == 1 and "tokenizer holds no vocabulary" in err
+
+
+def test_an_edit_on_top_of_another_is_exported_with_it(capsys, folder, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    erase = ("erase", "-m", folder, "--method", "uce")
+    run(capsys, *erase, "-c", "star", "-o", one)
+    run(capsys, *erase, "-c", "heart", "-e", one / "edit.safetensors", "-o", two)
+    export = ("export", two / "edit.safetensors", "-m", folder, "-o", tmp_path / "lora.safetensors")
+    status, _, err = run(capsys, *export)
+    assert status == 1 and "`--edit`" in err
+    assert run(capsys, *export, "-e", one / "edit.safetensors")[0] == 0
+    assert (tmp_path / "lora.safetensors").is_file()
+    status, _, err = run(capsys, *export[:-1], tmp_path / "lora.bin")
+    assert status == 1 and ".safetensors" in err
+    status, _, err = run(capsys, *export[:2], "-o", tmp_path / "lora.safetensors")
+    assert status == 1 and "--model" in err
+
+
+def test_run_erases_on_top_of_edits_and_audits_all_of_them(capsys, folder, tmp_path, monkeypatch):
+    audited = []
+    monkeypatch.setattr(cli.common, "chosen_judge", lambda *_: None)
+    monkeypatch.setattr(cli, "_audit", lambda model, edits, *_, **__: audited.extend(edits))
+    asked = ("-m", folder, "--method", "uce")
+    run(capsys, "erase", *asked, "-c", "star", "-o", tmp_path / "one")
+    below = tmp_path / "one" / "edit.safetensors"
+    status, _, err = run(capsys, "run", *asked, "-c", "heart", "-e", below, "-o", tmp_path / "two")
+    assert status == 0, err
+    assert [edit.manifest.concepts[0]["name"] for edit in audited] == ["star", "heart"]
+    assert list(audited[1].manifest.fitted_on) == [audited[0].digest]
+
+
+def test_an_audit_of_several_concepts_prints_the_table_of_each(capsys, tmp_path, monkeypatch):
+    import expunge.evidence
+
+    made = SimpleNamespace(
+        concepts={"star": 1, "heart": 2},
+        table=lambda name, width: f"table of {name}",
+        save=lambda out: {},
+    )
+    monkeypatch.setattr(expunge.evidence, "audit", lambda *_, **__: made)
+    cli._audit(SimpleNamespace(companions=None), [], (), tmp_path, judge=object())
+    out = capsys.readouterr().out
+    assert "table of star" in out and "table of heart" in out
+
+
+def test_a_name_that_the_world_does_not_know_is_said(capsys):
+    companions = SimpleNamespace(concept=lambda name: None, never_lacks=("star", "hazard"))
+    world = SimpleNamespace(name="world", companions=companions)
+    (made,) = cli.common.concepts_of(world, ["stra"], None, None, None, None)
+    assert made.name == "stra"
+    assert "knows no concept 'stra'; did you mean 'star'?" in capsys.readouterr().err
+    cli.common.concepts_of(world, ["stra"], None, "style", None, None)  # described: meant
+    assert capsys.readouterr().err == ""
+
+
+def test_the_judge_of_a_world_is_missing_in_words(capsys, folder, tmp_path):
+    asked = ("audit", "-m", folder, "-c", "star", "-o", tmp_path, "--judge", "world-oracle")
+    status, _, err = run(capsys, *asked)
+    assert status == 1 and "comes with a world" in err

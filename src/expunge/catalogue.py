@@ -91,6 +91,7 @@ class System:
             "paper": self.paper,
             "year": self.year,
             "status": status(self.id),
+            "implemented": self.class_path is not None,
             "tags": list(self.tags),
         }
 
@@ -139,7 +140,7 @@ def system(id: str) -> System:
 
 def _near(id: object) -> str:
     close = difflib.get_close_matches(str(id).lower(), _catalogue(), n=3, cutoff=0.6)
-    return f"; near are {', '.join(map(repr, close))}" if close else "; `expunge methods` lists all"
+    return f"; near are {', '.join(map(repr, close))}" if close else ""
 
 
 def implemented(verb: str | None = None, family: str | None = None) -> tuple[System, ...]:

@@ -83,15 +83,15 @@ class ConceptError(InputError):
 
 
 class SettingError(InputError):
-    """A hyperparameter is unknown, of the wrong type or out of range."""
+    """A hyperparameter or an option is unknown, of the wrong type or out of range."""
 
-    cure = "`expunge methods ID` lists a method's hyperparameters and their defaults."
+    cure = "`expunge methods ID` lists a method's settings, `expunge COMMAND --help` a command's options."
 
 
 class PromptError(InputError):
     """A prompt or a prompt file is wrong."""
 
-    cure = "A prompt file holds one prompt a line in UTF-8, or JSON lines with a key `text`."
+    cure = "A prompt is a text; a file holds one a line in UTF-8, or JSON lines with a key `text`."
 
 
 class NameRefused(InputError):
@@ -145,7 +145,10 @@ class EditFormatError(EditError):
 class WrongBase(EditError):
     """The edit was fitted on other weights."""
 
-    cure = "Load the model the edit names, or allow a sibling by name with `sibling=True` (`--sibling`)."
+    cure = (
+        "Load the model the edit names, or allow a sibling by name with `sibling=True` "
+        "(`--sibling` of generate and audit)."
+    )
 
 
 class WrongShape(EditError):
@@ -157,7 +160,7 @@ class WrongShape(EditError):
 class WrongState(EditError):
     """The edits on the model are not those the edit was fitted on."""
 
-    cure = "Apply the named edits first, or ask for it by name with `rebase=True`."
+    cure = "Apply the named edits first (`--edit` for each, in order), or ask for it by name with `rebase=True`."
 
 
 class WrongMethod(EditError):
@@ -193,7 +196,7 @@ class JudgeError(ExpungeError):
 class RunError(ExpungeError):
     """A run folder cannot be used."""
 
-    cure = "Choose another folder, or delete this one if it is not needed."
+    cure = "Choose another folder or file, or delete this one if it is not needed."
 
 
 class ResumeMismatch(RunError):

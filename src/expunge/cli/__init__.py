@@ -8,16 +8,16 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ExpungeError
+from ..errors import ExpungeError, SettingError
 from . import benchmark, common, listing, measure, sweeping
 from .options import (
-    MODEL_HELP,
     AnchorOption,
     AttackNOption,
     AttacksOption,
@@ -57,11 +57,14 @@ __all__ = ["app", "main"]
 DEMO_ATTACKS = "closed-form,unlearndiffatk,ring-a-bell,language-variants,random-tokens"
 """One of each sort, so that the demonstration stays a matter of minutes on two cores."""
 
+# The boxed help cuts names of options on a narrow terminal; the plain one does not.
+HELP: Any = "markdown" if shutil.get_terminal_size().columns >= 80 else None
+
 app = typer.Typer(
     help="Find a concept in a trained model, erase it, try to bring it back, and show the evidence.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode=HELP,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(listing.methods)
@@ -84,7 +87,13 @@ def main() -> None:
     except Exception as error:  # usage errors of typer's parser, whichever click it brings
         if not hasattr(error, "format_message"):
             raise
-        _fail(error.format_message(), "`expunge COMMAND --help` lists the options.", status=2)
+        message = error.format_message()
+        if (
+            type(error).__name__ == "NoArgsIsHelpError"
+        ):  # a group alone: boxed help is shown already
+            print(message, end="\n" if message else "", file=sys.stderr)
+            raise SystemExit(2) from None
+        _fail(message, "`expunge COMMAND --help` lists the options.", status=2)
     if status:  # what a command raised as typer.Exit comes back as a number
         raise SystemExit(status)
 
@@ -136,7 +145,7 @@ def generate(
         atomic_write(
             out / "texts.json", (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
         )
-        print(f"{len(rows)} texts in {out / 'texts.json'}")
+        print(f"{common.counted(len(rows), 'text')} in {out / 'texts.json'}")
         return
     from io import BytesIO
 
@@ -146,7 +155,7 @@ def generate(
         buffer = BytesIO()
         Image.fromarray(picture).save(buffer, "PNG")
         atomic_write(out / f"{index:04d}-seed{item.seed}.png", buffer.getvalue())
-    print(f"{len(made)} pictures in {out}")
+    print(f"{common.counted(len(made), 'picture')} in {out}")
 
 
 @app.command()
@@ -231,7 +240,9 @@ def _audit(
         written = evidence.save(out)
     from rich.console import Console
 
-    Console().print(evidence.table())
+    console = Console()
+    for name in evidence.concepts:
+        console.print(evidence.table(name, width=console.width))
     print("\n".join(f"{name}: {path}" for name, path in written.items()))
     return evidence
 
@@ -241,18 +252,21 @@ def run(
     model: ModelOption, out: OutOption, method: MethodOption = "rece", concept: ConceptOption = None,
     concept_file: FileOption = None, kind: KindOption = None, phrase: PhraseOption = None,
     anchor: AnchorOption = None, keep: KeepOption = None, preset: PresetOption = None, set_: SetOption = None,
-    never: NeverOption = None, judge: JudgeOption = None, attacks: AttacksOption = "all", n: NOption = 100,
-    budget: BudgetOption = "world", prompts: PromptsOption = None, seeds: SeedsOption = 1, kept_n: KeptNOption = 20,
-    attack_n: AttackNOption = 20, seed: SeedOption = 0, device: DeviceOption = "cpu", dtype: DtypeOption = None,
-    cache: CacheOption = None,
+    edit: EditOption = None, never: NeverOption = None, judge: JudgeOption = None, attacks: AttacksOption = "all",
+    n: NOption = 100, budget: BudgetOption = "world", prompts: PromptsOption = None, seeds: SeedsOption = 1,
+    kept_n: KeptNOption = 20, attack_n: AttackNOption = 20, seed: SeedOption = 0,
+    device: DeviceOption = "cpu", dtype: DtypeOption = None, cache: CacheOption = None,
 ) -> None:  # fmt: skip
     """Erase, then audit: everything in one folder."""
     opened = common.load(model, device, dtype)
     wanted = common.concepts_of(opened, concept, concept_file, kind, phrase, anchor)
     decides = common.chosen_judge(opened, judge)  # before an erasure that may take hours
-    made = _erase(opened, wanted, method, preset, set_, keep, None, seed, out)
-    _audit(opened, [made], wanted, out, never=never, judge=decides, attacks=attacks, budget=budget, prompts=prompts,
-           seeds=seeds, n=n, kept_n=kept_n, attack_n=attack_n, seed=seed, cache=cache)  # fmt: skip
+    from ..edit import Edit
+
+    made = _erase(opened, wanted, method, preset, set_, keep, edit, seed, out)
+    below = [Edit.load(file) for file in edit or []]
+    _audit(opened, [*below, made], wanted, out, never=never, judge=decides, attacks=attacks, budget=budget,
+           prompts=prompts, seeds=seeds, n=n, kept_n=kept_n, attack_n=attack_n, seed=seed, cache=cache)  # fmt: skip
 
 
 @app.command()
@@ -280,7 +294,23 @@ def export(
         Path, typer.Option("--out", "-o", help="File (diffusers, kohya) or folder (peft, full).")
     ],
     format: Annotated[str, typer.Option(help="diffusers, peft, kohya or full.")] = "diffusers",
-    model: Annotated[str | None, typer.Option("--model", "-m", help=MODEL_HELP)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="The model it was fitted on, as for `erase`; peft, full, kohya of some layouts and the edits of "
+            "closed-form erasers need it.",
+        ),
+    ] = None,
+    edit: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--edit",
+            "-e",
+            help="An edit that FILE was fitted on top of; repeat in order. Only `full` holds them too.",
+        ),
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Rank to cut to; needed for dense edits.")
     ] = None,
@@ -289,10 +319,20 @@ def export(
     """Write an edit for another program: a LoRA in its key layout, or a full folder."""
     from ..edit import Edit
 
-    edit = Edit.load(file)
+    made = Edit.load(file)
+    if format in ("diffusers", "kohya") and out.suffix != ".safetensors":
+        raise SettingError(
+            f"--out {str(out)!r}: {format} is one file, whose name must end in .safetensors"
+        )
+    if model is None and (edit or format in ("peft", "full") or made.kind == "shared-low-rank"):
+        raise SettingError(
+            "the model that the edit was fitted on is needed here; give it by --model"
+        )
     opened = common.load(model) if model else None
-    with common.quietly():
-        report = edit.export(out, format=format, model=opened, rank=rank, without_gate=without_gate)
+    with common.quietly(), contextlib.ExitStack() as stack:
+        for below in edit or []:
+            stack.enter_context(Edit.load(below).on(opened))  # type: ignore[arg-type]  # checked above
+        report = made.export(out, format=format, model=opened, rank=rank, without_gate=without_gate)
     lost = f", relative error {report['relative_error']:.2e}" if report["rank"] else ""
     print(f"{report['tensors']} tensors as {format}{lost}: {out}")
     if report["left_out"]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,8 @@ def quietly() -> Iterator[None]:
     import diffusers
     import transformers
 
-    diffusers.utils.logging.set_verbosity_error()
+    # Quieter than errors: the loader logs what it then raises, and one sentence is enough.
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -89,6 +92,8 @@ def concepts_of(
     found = []
     for name in names:
         known = model.companions.concept(name) if model.companions is not None else None
+        if known is None and model.companions is not None and not (kind or phrases or anchor):
+            _say_unknown(model, name)
         found.append(
             Concept(
                 name,
@@ -100,6 +105,16 @@ def concepts_of(
             )
         )
     return as_concepts(found)
+
+
+def _say_unknown(model: Any, name: str) -> None:
+    """A note on a name that a world does not know: any text may be erased, but most such names are typing errors."""
+    close = nearest(name, model.companions.never_lacks)
+    hint = close if close.startswith("; did you mean") else ""
+    print(
+        f"note: {model.name} knows no concept {name!r}{hint}; it is taken as an object of that name alone",
+        file=sys.stderr,
+    )
 
 
 def configured(
@@ -167,6 +182,11 @@ def read_prompts(file: Path) -> list[Any]:
     if not found:
         raise PromptError(f"{file.name}: holds no prompt")
     return found
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def own_judge(model: Model) -> Judge | None:

@@ -21,13 +21,22 @@ def methods(
         str | None, typer.Option(help="A model family, for example diffusion or language.")
     ] = None,
     tag: Annotated[str | None, typer.Option(help="A tag, for example closed-form.")] = None,
+    runs: Annotated[
+        bool, typer.Option("--runs", help="Only those that can be run: all but the planned ones.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output.")] = False,
 ) -> None:
-    """List the catalogue: all published systems and baselines, and which of them work."""
+    """List the catalogue: all published systems and baselines, and which of them work.
+
+    `works`: its checks pass and claims are recorded. `unproven`: it runs, without that evidence so far. `planned`: not
+    written yet.
+    """
     if id is not None:
         _show_method(id, as_json)
         return
     found = catalogue.systems(verb=verb, family=family, tag=tag)
+    if runs:
+        found = tuple(system for system in found if system.class_path is not None)
     if as_json:
         print(json.dumps([system.to_dict() for system in found], indent=1, ensure_ascii=False))
         return
@@ -36,7 +45,9 @@ def methods(
 
     table = Table(box=None, header_style="bold", pad_edge=False, expand=True)
     rows = [
-        system.to_dict() | {"#": "" if system.number is None else system.number} for system in found
+        system.to_dict()
+        | {"#": "" if system.number is None else system.number, "status": _word(system)}
+        for system in found
     ]
     for name in ("#", "id", "verb", "family", "status"):
         # Only the title may be cut: an id that is cut cannot be typed.
@@ -45,8 +56,14 @@ def methods(
     table.add_column("title", no_wrap=True, overflow="ellipsis", ratio=1)
     for row in rows:
         cells = [str(row[name]) for name in ("#", "id", "verb", "family", "status", "title")]
-        table.add_row(*cells, style=None if row["status"] == "works" else "dim")
+        table.add_row(*cells, style="dim" if row["status"] == "planned" else None)
     Console().print(table)
+
+
+def _word(system: catalogue.System) -> str:
+    """The status for people: ``planned`` of the catalogue parts into what can be run without evidence and the rest."""
+    status = catalogue.status(system.id)
+    return "unproven" if status == "planned" and system.class_path is not None else status
 
 
 def _show_method(id: str, as_json: bool) -> None:
@@ -65,13 +82,16 @@ def _show_method(id: str, as_json: bool) -> None:
     console = Console()
     console.print(f"[bold]{entry.id}[/]  {entry.title}", highlight=False)
     console.print(
-        f"{entry.verb}, {entry.family}; {entry.paper or 'no paper'}; {shown['status']}", style="dim"
+        f"{entry.verb}, {entry.family}; {entry.paper or 'no paper'}; {_word(entry)}", style="dim"
     )
     if "settings" not in shown:
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("setting", "default", "meaning"):
-        table.add_column(name)
+    widest = max((len(row["name"]) for row in shown["settings"]), default=0)
+    # A name that is cut cannot be typed; a default may be broken over lines.
+    table.add_column("setting", no_wrap=True, min_width=widest)
+    table.add_column("default", overflow="fold", max_width=40)
+    table.add_column("meaning", overflow="fold")
     for row in shown["settings"]:
         allowed = f" ({', '.join(map(str, row['choices']))})" if "choices" in row else ""
         table.add_row(row["name"], str(row["default"]), row.get("help", "") + allowed)

@@ -33,7 +33,7 @@ WithoutGateOption = Annotated[
 ]
 ConceptOption = Annotated[
     list[str] | None,
-    typer.Option("--concept", "-c", help="Name of what to erase; repeat for several."),
+    typer.Option("--concept", "-c", help="Name of the concept; repeat for several."),
 ]
 FileOption = Annotated[
     Path | None,

@@ -71,7 +71,7 @@ def print_summary(edit: Edit) -> None:
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("tensor", "shape", "rank", "stored numbers"):
-        table.add_column(name, no_wrap=name != "tensor")
+        table.add_column(name, no_wrap=name != "tensor", overflow="fold")
     for row in listed:
         rank = "full" if row["rank"] is None else str(row["rank"])
         table.add_row(

@@ -134,6 +134,12 @@ def _one(specification: str, model: Any) -> Judge:
             raise SettingError(f"judge {id!r} has no settings, got {rest!r}")
         return own
     entry = _registered.get(id) or JUDGES.get(id)
+    if entry is None and id in ("own", "world-oracle"):
+        name = getattr(model, "name", "this model")
+        raise SettingError(
+            f"judge {id!r} comes with a world, and {name} has no judge beside it; allowed: "
+            f"{', '.join(known_ids(model))}"
+        )
     if entry is None:
         raise SettingError(f"judge {id!r} is unknown{nearest(id, known_ids(model))}")
     opener = entry.load()
