@@ -89,9 +89,14 @@ def moved_box(box: tuple[float, ...], how: str, seed: int, index: int) -> tuple[
     return x, y, x + wide, y + high
 
 
-@functools.cache
 def edit(mark: str, seed: int, how: str = "exact", **settings: Any) -> Any:
-    """An edit of the preset, settings changed."""
+    """An edit of the preset, settings changed; made once, however it is asked for."""
+    return _edit(mark, seed, how, tuple(sorted(settings.items())))
+
+
+@functools.cache
+def _edit(mark: str, seed: int, how: str, changed: tuple[tuple[str, Any], ...]) -> Any:
+    settings = dict(changed)
     method = GeomErasing.configured(PRESETS[mark], **settings)
     concept = setup.world().companions.concept(mark)
     return method.erase(setup.world(), concept, data=boxes_of(how, seed), seed=seed)
