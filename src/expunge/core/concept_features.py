@@ -111,23 +111,25 @@ class Deactivated:
         errors = ((made - rows.hidden).square().mean(-1) * counted).sum(1)
         return Read(made, errors / counted.sum(1).clamp_min(1), named.any(1))
 
+    def read(self, groups: Iterable[Rows]) -> tuple[Tensor, Tensor]:
+        """``e`` of texts and whether they have a unit of the mask, group by group, ``(n,)`` each on the CPU."""
+        found = [(read.errors.cpu(), read.named.cpu()) for read in map(self.of, groups)]
+        if not found:
+            return torch.zeros(0), torch.zeros(0, dtype=torch.bool)
+        errors, named = map(torch.cat, zip(*found, strict=True))
+        return errors, named
+
     def errors(self, groups: Iterable[Rows]) -> Tensor:
         """``e`` of texts, group by group, ``(n,)`` on the CPU."""
-        found = [self.of(rows).errors.cpu() for rows in groups]
-        return torch.cat(found) if found else torch.zeros(0)
+        return self.read(groups)[0]
 
-    def named(self, groups: Iterable[Rows]) -> Tensor:
-        """Whether a text has a unit of the mask, group by group, bool ``(n,)`` on the CPU."""
-        found = [self.of(rows).named.cpu() for rows in groups]
-        return torch.cat(found) if found else torch.zeros(0, dtype=torch.bool)
-
-    def least_error(self, groups: Sequence[Rows]) -> float:
+    def least_error(self, groups: Iterable[Rows]) -> float:
         """The least ``e`` of the texts with a unit of the mask; of all texts where none has one.
 
         What changes a text without one is the autoencoder's own loss, as of any text: its error as the threshold would
         let every text in.
         """
-        errors, named = self.errors(groups), self.named(groups)
+        errors, named = self.read(groups)
         return float((errors[named] if bool(named.any()) else errors).min())
 
 

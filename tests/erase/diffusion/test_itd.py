@@ -88,7 +88,7 @@ def test_the_threshold_is_the_least_error_of_a_target_prompt(model, edit):
     [one] = control.edited.values()
     texts = concept_prompts(METHOD, model, [STAR], (), CAPTIONS)
     targets = [rows_at(model, texts.targets)]
-    errors, named = one.errors(targets), one.named(targets)
+    errors, named = one.read(targets)
     assert one.threshold == pytest.approx(0.99 * float(errors[named].min()), rel=1e-5)
     told = edit.manifest.report["sites"]["text_encoder"]
     assert told["target_prompts_without_a_unit"] == int((~named).sum())

@@ -349,9 +349,10 @@ def _told(one: Deactivated, targets: Sequence[Rows], retained: Sequence[Rows]) -
         "layer": one.site.layer, "quality": one.autoencoder.quality, "units_of_the_concept": int(one.mask.sum()),
         "threshold": one.threshold,
     }  # fmt: skip
-    found["target_prompts_without_a_unit"] = int((~one.named(targets)).sum())
     for name, parts in (("target", targets), ("retained", retained)):
-        errors = one.errors(parts)
+        errors, named = one.read(parts)
+        if name == "target":
+            found["target_prompts_without_a_unit"] = int((~named).sum())
         if len(errors):
             found[f"{name}_error"] = float(errors.median())
             found[f"{name}_edited"] = float((errors >= one.threshold).double().mean())
