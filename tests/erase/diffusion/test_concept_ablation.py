@@ -14,6 +14,8 @@ from expunge.erase.diffusion.concept_ablation import LAYERS, ConceptAblation, _O
 from expunge.errors import MissingCapability, SettingError
 from expunge.testing import tiny_diffusion, tiny_layout
 
+from .watching import held_layers
+
 STAR = Concept("star", phrases=("heart",), anchor="circle")
 SMALL = {"pictures": 4, "sampling_steps": 2, "batch": 3, "steps": 3}
 
@@ -191,13 +193,6 @@ def test_a_run_that_was_at_its_end_reports_the_same(model, tmp_path):
 
 
 def test_the_start_tokens_row_is_held_while_it_trains(model, monkeypatch):
-    held, step = [], _Overwriting.step
-
-    def watched(self, now):
-        layers = [m for n, m in model.denoiser.named_modules() if n.endswith("attn2.to_k")]
-        held.extend(bool(layer._forward_hooks) for layer in layers)
-        return step(self, now)
-
-    monkeypatch.setattr(_Overwriting, "step", watched)
+    held = held_layers(model, _Overwriting, monkeypatch)
     ConceptAblation(**SMALL).erase(model, STAR)
     assert held and all(held)

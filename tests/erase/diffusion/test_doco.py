@@ -12,6 +12,8 @@ from expunge.erase.diffusion.doco import DoCo, _clipped, _Correction
 from expunge.errors import SettingError
 from expunge.testing import tiny_diffusion, tiny_layout
 
+from .watching import held_layers
+
 STAR = Concept("star", phrases=("heart",), anchor="circle")
 SMALL = {"pictures": 4, "sampling_steps": 2, "batch": 3, "steps": 5, "warm_up": 2, "lr": 1e-3}
 
@@ -167,13 +169,6 @@ def test_seeds_and_several_concepts(model):
 
 
 def test_the_start_tokens_row_is_held_while_it_trains(model, monkeypatch):
-    held, step = [], _Correction.step
-
-    def watched(self, now):
-        layers = [m for n, m in model.denoiser.named_modules() if n.endswith("attn2.to_k")]
-        held.extend(bool(layer._forward_hooks) for layer in layers)
-        return step(self, now)
-
-    monkeypatch.setattr(_Correction, "step", watched)
+    held = held_layers(model, _Correction, monkeypatch)
     DoCo(**SMALL).erase(model, STAR)
     assert held and all(held)
