@@ -80,6 +80,16 @@ def test_a_folder_asked_for_later_receives_what_is_known(model, tmp_path):
     assert torch.equal(kept.atoms, first.atoms) and kept.quality == first.quality
 
 
+@pytest.mark.parametrize("more", [{}, {"untrained": True}])
+def test_what_is_learnt_does_not_depend_on_a_folder(model, tmp_path, more):
+    texts = [f"{text} number {n}" for text in TEXTS for n in range(3)]
+    without = made(model, texts=texts, **more)
+    SHARED.clear()
+    within = made(model, tmp_path, texts=texts, **more)
+    assert all(torch.equal(without.tensors()[n], t) for n, t in within.tensors().items())
+    assert without.quality == within.quality
+
+
 def test_a_run_folder_goes_on_and_refuses_other_texts(model, tmp_path):
     first = made(model, tmp_path)
     SHARED.clear()

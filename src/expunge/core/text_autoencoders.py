@@ -10,8 +10,10 @@ it is kept for the process, and with a run folder on disk, where a killed traini
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,16 +147,18 @@ def _train(
     # Half precision: what is kept for the whole training is the largest thing here.  Hidden states of T5 do not fit it.
     dtype = torch.float16 if float(unseen.abs().max()) < LARGE else torch.float32
     unseen = unseen.to(dtype).float()
-    if folder is None:
-        learnt: Any = torch.cat([part.to(dtype) for part in rows(own, "training")])
-    else:
+    with contextlib.ExitStack() as stack:
+        # On disk either way: rows in memory are shuffled otherwise, and which units a concept has for itself hangs on
+        # their order, so that an edit would depend on whether somebody named a folder.
+        place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         learnt = ActivationCache.write(
-            folder / "hidden", rows(own, "training"), dtype=str(dtype).removeprefix("torch."),
+            place / "hidden", rows(own, "training"), dtype=str(dtype).removeprefix("torch."),
             source=json.dumps(source, sort_keys=True),
         )  # fmt: skip
-    if untrained:
-        return random_start(learnt, config, int(source["seed"]), unseen)
-    made = fit(learnt, config, seed=int(source["seed"]), run=folder, held_out=unseen)
+        seed, device = int(source["seed"]), str(unseen.device)
+        if untrained:
+            return random_start(learnt, config, seed, unseen)
+        made = fit(learnt, config, seed=seed, run=folder, held_out=unseen, device=device)
     if folder is not None:
         made.save(folder / "autoencoder")
     return made
@@ -164,7 +168,8 @@ def random_start(
     activations: Any, config: SparseAutoencoderConfig, seed: int, held_out: Tensor
 ) -> SparseAutoencoder:
     """An autoencoder that learnt nothing but the median of the activations, with its quality table."""
-    made = started(config, as_activations(activations), seed).eval().requires_grad_(False)
+    source, device = as_activations(activations), str(held_out.device)
+    made = started(config, source, seed, device).eval().requires_grad_(False)
     made.quality = quality(made, held_out)
     return made
 

@@ -66,7 +66,7 @@ class ItD(Eraser):
         "ItD: Sparse Autoencoder as a Zero-Shot Classifier for Concept Erasing in Text-to-Image Diffusion Models"
     )
     source: ClassVar[str] = "arXiv 2503.09446"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     families: ClassVar[tuple[str, ...]] = ("diffusion",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper:identity": {},
