@@ -11,7 +11,7 @@ import pytest
 
 from expunge import catalogue
 from expunge.concept import Concept
-from expunge.errors import ProtocolError, SettingError
+from expunge.errors import ProtocolError, SettingError, candidate, nearest
 from expunge.method import Budget, Control, Measurement, Method, budget, setting
 
 
@@ -153,3 +153,12 @@ def test_attacks_that_mean_nothing_without_the_original_say_so(id, settings, alo
     star = Concept("star")
     assert attack.needs_reference(star) is alone
     assert attack.needs_reference(dataclasses.replace(star, images=("star.png",))) is with_pictures
+
+
+def test_the_candidate_is_the_name_that_the_sentence_proposes():
+    names = ("star", "hazard", "start")
+    assert candidate("stra", names) == "star" and nearest("stra", names) == "; did you mean 'star'?"
+    # A name that itself reads like the sentence changes nothing.
+    assert candidate("; did you mean", names) is None
+    assert nearest("zebra", names) == "; allowed: hazard, star, start"
+    assert candidate("star", ()) is None and nearest("star", ()) == "; nothing is allowed here"

@@ -60,6 +60,7 @@ __all__ = [
     "WrongMethod",
     "WrongShape",
     "WrongState",
+    "candidate",
     "nearest",
 ]
 
@@ -217,14 +218,20 @@ class MissingExtra(ExpungeError, ImportError):
     cure = "Install the named extra with pip."
 
 
+def candidate(name: str, allowed: Iterable[str]) -> str | None:
+    """The allowed name that ``name`` was most likely meant to be, or ``None`` where none is like it."""
+    names = sorted(set(map(str, allowed)))
+    return next(iter(difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)), None)
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """The end of an error sentence: ``"; did you mean 'x'?"``, or the allowed names.
 
-    Long lists are cut to twelve names so that the sentence stays readable.
+    Long lists are cut to twelve names so that the sentence stays readable.  :func:`candidate` gives the name alone.
     """
     names = sorted(set(map(str, allowed)))
-    close = difflib.get_close_matches(str(name), names, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]!r}?"
+    close = candidate(name, names)
+    if close is not None:
+        return f"; did you mean {close!r}?"
     shown = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
     return f"; allowed: {shown}" if names else "; nothing is allowed here"

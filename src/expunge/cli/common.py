@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import catalogue
-from ..errors import PromptError, SettingError, nearest
+from ..errors import PromptError, SettingError, candidate, nearest
 
 if TYPE_CHECKING:
     from ..concept import Concept
@@ -109,8 +109,8 @@ def concepts_of(
 
 def _say_unknown(model: Any, name: str) -> None:
     """A note on a name that a world does not know: any text may be erased, but most such names are typing errors."""
-    close = nearest(name, model.companions.never_lacks)
-    hint = close if close.startswith("; did you mean") else ""
+    close = candidate(name, model.companions.never_lacks)
+    hint = "" if close is None else f"; did you mean {close!r}?"
     print(
         f"note: {model.name} knows no concept {name!r}{hint}; it is taken as an object of that name alone",
         file=sys.stderr,
