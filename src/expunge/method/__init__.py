@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..errors import ProtocolError, SettingError, WrongMethod, nearest
+from ..errors import InputError, ProtocolError, SettingError, WrongMethod, nearest
 from .control import Control
 from .judging import Calibration, Judge, Verdicts
 from .settings import Method, setting
@@ -162,11 +162,21 @@ class Eraser(Method, ABC):
             model: An opened :class:`~expunge.models.Model` of a family in ``families``.
             concepts: One or several concepts (or bare names) to forget.
             keep: Concepts or prompts the eraser is told to preserve.
-            data: Method-specific examples; ``None`` where the method needs none.
+            data: Method-specific examples; a method that reads none refuses them (:meth:`without_data`).
             judge: For methods that select a model by looking at its outputs.
             seed: All randomness derives from it.
             run: Folder for progress and resume; ``None`` keeps nothing on disk.
         """
+
+    def without_data(self, data: Any, only: str = "") -> None:
+        """Refuse examples that would be ignored; ``only`` is the setting under which the method reads some.
+
+        Raises:
+            InputError: ``data`` is not ``None``.
+        """
+        if data is not None:
+            reads = f"reads examples only with {only}" if only else "reads no examples"
+            raise InputError(f"{self.id}: data was given, but the method {reads}; leave it out")
 
     @classmethod
     def control(cls, edit: Edit, model: Any) -> Control:

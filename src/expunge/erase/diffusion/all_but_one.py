@@ -118,13 +118,13 @@ class AllButOne(Eraser):
         """Learn an edit of the denoiser.
 
         ``keep``: names, concepts or prompts; constraint points are drawn from them beside the empty prompt.
-        ``data`` has no part.
 
         Raises:
             SettingError: ``goal`` is ``alternative`` and a concept has none; an alternative is itself erased; or
                 no sampling step lies below ``highest_time``.
         """
         model.check_family(self)
+        self.without_data(data)
         model.needs("gradients")
         wanted = as_concepts(concepts)
         told = kept_texts(keep)

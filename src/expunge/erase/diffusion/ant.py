@@ -164,7 +164,7 @@ class ANT(Eraser):
         """Train, and in the multi form fuse.
 
         In the multi form ``keep`` is the domain, and ``data`` may be a mapping with ``captions``, general texts.
-        The single form needs neither; ``keep`` is only recorded.
+        The single form reads no data, and ``keep`` is only recorded.
         """
         model.check_family(self)
         model.needs("gradients")
@@ -173,6 +173,7 @@ class ANT(Eraser):
         with_place(self.id, "templates", self.templates)
         if (self.form or ("single" if len(wanted) == 1 else "multi")) == "multi":
             return self._multi(model, wanted, keep, data, seed, run)
+        self.without_data(data, "form='multi'")
         return self._single(model, wanted, kept_texts(keep), seed, run)
 
     def _names(self, concepts: Sequence[Concept]) -> list[str]:

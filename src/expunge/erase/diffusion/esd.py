@@ -108,6 +108,7 @@ class ESD(Eraser):
     ) -> Edit:
         """Learn an edit of the denoiser; ``keep`` has no part in ESD and is only recorded."""
         model.check_family(self)
+        self.without_data(data)
         model.needs("gradients")
         wanted = as_concepts(concepts)
         counted = model.cost.snapshot()

@@ -294,8 +294,7 @@ class _Ascent(finetune.Task):
 
     def _noise(self, concepts: Sequence[Concept], data: Any) -> list[tuple[Concept, Tensor]]:
         """As many latents of each concept as a step takes, all of them noise."""
-        if data is not None:
-            raise InputError("few-shot-erasing: zero_shot takes no pictures, but data was given")
+        self.method.without_data(data, "zero_shot=False")
         self.origins = {concept.name: "noise" for concept in concepts}
         found = []
         for concept in concepts:

@@ -193,6 +193,7 @@ class RealEra(Eraser):
             UnsupportedModel: The alignment is asked for where a text is not one tensor of rows.
         """
         model.check_family(self)
+        self.without_data(data)
         began, before = time.perf_counter(), model.cost.snapshot()
         wanted = as_concepts(concepts, keep)
         groups = Projections.groups(model)

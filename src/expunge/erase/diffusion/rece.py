@@ -150,6 +150,8 @@ class RECE(Eraser):
         See :meth:`expunge.method.Eraser.erase`.
         """
         model.check_family(self)
+        if not self.select:
+            self.without_data(data, "select=True")
         began, before = time.perf_counter(), model.cost.snapshot()
         listed = as_concepts(concepts, keep)
         groups = Projections.groups(model)

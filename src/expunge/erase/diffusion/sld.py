@@ -121,13 +121,14 @@ class SLD(Eraser):
         seed: int = 0,
         run: str | Path | None = None,
     ) -> Edit:
-        """An edit that acts; nothing is learnt, and ``keep``, ``data`` and ``seed`` have no part.
+        """An edit that acts; nothing is learnt, and ``keep`` and ``seed`` have no part.
 
         Raises:
             MissingCapability: Guidance of the model has no second branch.
             SettingError: ``text`` holds an empty safety text.
         """
         model.check_family(self)
+        self.without_data(data)
         model.needs("controls")
         started, wanted = time.monotonic(), as_concepts(concepts)
         _two_branches(model)

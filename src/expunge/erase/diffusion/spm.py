@@ -145,6 +145,7 @@ class SPM(Eraser):
             UnsupportedModel: The model reads no text, or the denoiser has no random sides or official time label.
         """
         model.check_family(self)
+        self.without_data(data)
         model.needs("gradients", "controls")
         wanted = as_concepts(concepts)
         self._check(model)

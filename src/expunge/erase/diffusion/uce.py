@@ -162,6 +162,7 @@ class UCE(Eraser):
         listed = as_concepts(concepts, keep)
         if self.technique == "debias":
             return Debias(self, model, listed, judge, keep=keep, data=data, seed=seed).run()
+        self.without_data(data, "technique='debias'")
         groups = Projections.groups(model)
         pairs, kept = edited_texts(self, model, listed, keep)
         kept, b = self.preserved(kept)
