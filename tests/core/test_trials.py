@@ -148,9 +148,9 @@ def test_what_an_attack_is_given_is_checked_at_the_door(model):
     """Names and bare texts will do, the empty text is a prompt, and everything else is one clear sentence."""
     attack = RandomTokens(tokens=2, pictures=1, steps=2, guidance=3.0)
     own = Prompt("", 7, guidance=1.0)
-    found = received(attack, model, "star", "quick", ["a star", own])
+    found = received(attack, model, "star", ByText(), "quick", ["a star", own])
     assert found == (Concept("star"), BUDGETS["quick"], [Prompt("a star", 0), own])
-    assert received(attack, model, STAR, "paper", "a star")[2] == [Prompt("a star", 0)]
+    assert received(attack, model, STAR, ByText(), "paper", "a star")[2] == [Prompt("a star", 0)]
     judge = ByText()
     judge.script = [([True, False], [0.9, 0.1]), ([False], [0.2])]
     made = attack.attack(model, "star", judge, "quick", prompts=["a red star", ""])
@@ -162,7 +162,12 @@ def test_what_an_attack_is_given_is_checked_at_the_door(model):
         ({"prompts": [Prompt(None)]}, PromptError, "prompt 1"),
         ({"concept": None}, ConceptError, "random-tokens: the concept is None"),
         ({"budget": "worlds"}, SettingError, "did you mean 'world'"),
+        ({"judge": None}, SettingError, "random-tokens: the judge is None; a Judge is needed"),
+        ({"judge": "world-oracle"}, SettingError, "the judge is 'world-oracle'"),
+        ({"judge": ByText}, SettingError, "the judge is <class"),
     ):
-        given = {"concept": STAR, "budget": "quick", "prompts": ["star"], **wrong}
+        given = {
+            "concept": STAR, "judge": ByText(), "budget": "quick", "prompts": ["star"], **wrong
+        }  # fmt: skip
         with pytest.raises(error, match=words):
             received(attack, model, **given)

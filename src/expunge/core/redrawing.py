@@ -152,7 +152,7 @@ class Redrawing(Attack):
         Strengths that the budget does not pay for are left out, the largest first.  See
         :meth:`expunge.method.Attack.attack`.
         """
-        concept, budget, prompts = received(self, model, concept, budget, prompts)
+        concept, budget, prompts = received(self, model, concept, judge, budget, prompts)
         original = model if reference is None else reference
         meter = Meter(model, original)
         guidance = model.guidance if self.guidance is None else self.guidance

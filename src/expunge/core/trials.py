@@ -30,7 +30,7 @@ __all__ = [
 
 
 def received(
-    attack: Attack, model: Any, concept: Any, budget: str | Budget, prompts: Any
+    attack: Attack, model: Any, concept: Any, judge: Any, budget: str | Budget, prompts: Any
 ) -> tuple[Concept, Budget, list[Prompt]]:
     """What an attack was given, checked before any work.
 
@@ -38,13 +38,14 @@ def received(
         attack: Named in errors.
         model: Of a family the attack is for.
         concept: Or its bare name: then the world's concept of that name, where there is one.
+        judge: Must be there: no attack decides by itself what a picture shows.
         budget: Or its name.
         prompts: Or bare texts, which get their positions as seeds; the empty text is one, too.
 
     Raises:
         UnsupportedModel: The attack is for other families.
         ConceptError: The concept is neither a concept nor a name.
-        SettingError: No budget has that name.
+        SettingError: There is no judge, or no budget of that name.
         PromptError: There is no prompt, or one that is no text.
     """
     model.check_family(attack)
@@ -55,6 +56,11 @@ def received(
     if not isinstance(concept, Concept):
         raise ConceptError(
             f"{attack.id}: the concept is {concept!r}; a concept or a name is needed"
+        )
+    if isinstance(judge, type) or not callable(getattr(judge, "judge", None)):
+        raise SettingError(
+            f"{attack.id}: the judge is {judge!r}; a Judge is needed to say what an output shows, as "
+            "expunge.measure.judges.open_judge opens one"
         )
     return concept, named_budget(budget), as_prompts(prompts, empty=True)
 

@@ -82,7 +82,7 @@ class ClosedFormAttack(Attack):
         ``reference`` gives the original matrices and text embeddings; without it the attacked model
         with its edits lifted does.  See :meth:`expunge.method.Attack.attack`.
         """
-        concept, budget, prompts = received(self, model, concept, budget, prompts)
+        concept, budget, prompts = received(self, model, concept, judge, budget, prompts)
         if reference is not None and not isinstance(reference, Model):
             raise UnsupportedModel(
                 f"{self.id}: the reference is {reference!r}; allowed is an opened model, or None for this one without "

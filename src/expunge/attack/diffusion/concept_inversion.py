@@ -175,7 +175,7 @@ class ConceptInversion(Attack):
             MissingCapability: Several text encoders; or a loss of two branches for a model that has one.
             SettingError: The budget does not pay for the first point.
         """
-        concept, budget, prompts = received(self, model, concept, budget, prompts)
+        concept, budget, prompts = received(self, model, concept, judge, budget, prompts)
         model.needs("gradients")
         model.token_table()
         original = model if reference is None else reference

@@ -93,7 +93,7 @@ class LanguageVariants(Attack):
         Raises:
             SettingError: No kind is left, or the budget does not pay for one variant and one other seed.
         """
-        concept, budget, prompts = received(self, model, concept, budget, prompts)
+        concept, budget, prompts = received(self, model, concept, judge, budget, prompts)
         if not self.kinds:
             raise SettingError(f"{self.id}: kinds is empty; allowed are {', '.join(KINDS)}")
         meter = Meter(model)

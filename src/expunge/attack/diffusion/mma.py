@@ -99,7 +99,7 @@ class MMADiffusion(Attack):
         The encoder rows of the budget are shared equally by the runs; where a run's share does not pay one update,
         or the budget one string's pictures, it is refused.  See :meth:`expunge.method.Attack.attack`.
         """
-        concept, budget, prompts = received(self, model, concept, budget, prompts)
+        concept, budget, prompts = received(self, model, concept, judge, budget, prompts)
         original = model if reference is None else reference
         meter = Meter(model, original)
         with original.lifted():

@@ -143,7 +143,7 @@ class P4D(Attack):
         Raises:
             MissingCapability: Guided predictions are asked of a model whose guidance has one branch.
         """
-        concept, budget, prompts = received(self, model, concept, budget, prompts)
+        concept, budget, prompts = received(self, model, concept, judge, budget, prompts)
         if self.loss == "guided" and not model.two_branches:
             raise MissingCapability(
                 f"{self.id}: {model.name} has no unconditional branch, so loss cannot be 'guided'; take 'auto'"

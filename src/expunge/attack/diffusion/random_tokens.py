@@ -78,7 +78,7 @@ class RandomTokens(Attack):
         Prompts that leave no room for the tokens are judged plain and reported as skipped; a budget
         that does not pay one draw is refused.  See :meth:`expunge.method.Attack.attack`.
         """
-        concept, budget, prompts = received(self, model, concept, budget, prompts)
+        concept, budget, prompts = received(self, model, concept, judge, budget, prompts)
         forbidden = Forbidden(model.tokenizer, concept, len(model.token_table()))
         meter = Meter(model)
         texts = [p.text for p in prompts]

@@ -99,7 +99,7 @@ class RelearningPictures(Attack):
         Raises:
             SettingError: The data name the concept, nothing is known to train on, or the budget is too small.
         """
-        concept, budget, prompts = received(self, model, concept, budget, prompts)
+        concept, budget, prompts = received(self, model, concept, judge, budget, prompts)
         model.needs("gradients")
         original = model if reference is None else reference
         meter = Meter(model, original)

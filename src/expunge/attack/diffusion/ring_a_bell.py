@@ -119,7 +119,7 @@ class RingABell(Attack):
         share does not pay one generation, or the budget one picture of a found string, it is refused.
         See :meth:`expunge.method.Attack.attack`.
         """
-        concept, budget, prompts = received(self, model, concept, budget, prompts)
+        concept, budget, prompts = received(self, model, concept, judge, budget, prompts)
         original = model if reference is None else reference
         meter = Meter(model, original)
         with original.lifted(), torch.no_grad():

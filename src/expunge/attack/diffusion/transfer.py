@@ -116,7 +116,7 @@ class Transfer(Attack):
             CatalogueError: ``inner`` is no attack on such models, or ``origin`` no eraser.
             InputError: ``file`` or an entry of it cannot be read.
         """
-        concept, budget, prompts = received(self, model, concept, budget, prompts)
+        concept, budget, prompts = received(self, model, concept, judge, budget, prompts)
         original = model if reference is None else reference
         meter = Meter(model, original)
         with original.lifted():

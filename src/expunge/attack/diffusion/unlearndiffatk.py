@@ -167,7 +167,7 @@ class UnlearnDiffAtk(Attack):
         one that does not pay a single update and its picture is refused.  See
         :meth:`expunge.method.Attack.attack`.
         """
-        concept, budget, prompts = received(self, model, concept, budget, prompts)
+        concept, budget, prompts = received(self, model, concept, judge, budget, prompts)
         original = model if reference is None else reference
         forbidden = Forbidden(model.tokenizer, concept, len(model.token_table()))
         meter = Meter(model, original)

@@ -84,7 +84,7 @@ class Relearning(Attack):
         Raises:
             SettingError: The budget does not pay for a single step budget.
         """
-        concept, budget, prompts = received(self, model, concept, budget, prompts)
+        concept, budget, prompts = received(self, model, concept, judge, budget, prompts)
         model.needs("gradients", "generate")
         curve = self._affordable(budget, len(prompts))
         before = model.cost.snapshot()
