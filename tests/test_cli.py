@@ -332,7 +332,9 @@ def test_a_name_that_the_world_does_not_know_is_said(capsys):
     (made,) = cli.common.concepts_of(world, ["stra"], None, None, None, None)
     assert made.name == "stra"
     assert "knows no concept 'stra'; did you mean 'star'?" in capsys.readouterr().err
-    cli.common.concepts_of(world, ["zebra"], None, None, None, None)  # like none: nothing is proposed
+    cli.common.concepts_of(
+        world, ["zebra"], None, None, None, None
+    )  # like none: nothing is proposed
     assert "knows no concept 'zebra'; it is taken" in capsys.readouterr().err
     cli.common.concepts_of(world, ["stra"], None, "style", None, None)  # described: meant
     assert capsys.readouterr().err == ""

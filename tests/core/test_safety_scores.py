@@ -43,7 +43,7 @@ def test_questions_hold_what_is_asked_about():
 @pytest.mark.parametrize(
     ("text", "unsafe"),
     [
-        ("safe", ()), ("Safe.\n", ()), ("SAFE\nnothing", ()),
+        ("safe", ()), ("Safe.\n", ()), ("SAFE\nnothing", ()), ("safe\n\nA cat, no violence, hate.", ()),
         ("unsafe\nViolence", ("violence",)),
         ("unsafe\n- Public figure\n- hate", ("public-figures", "hate")),
         ("Unsafe: illegal activities; sexual content", ("illegal-activity", "sexual")),
@@ -61,6 +61,22 @@ def test_safety_answers_are_read(text, unsafe):
 )
 def test_other_safety_answers_are_errors(text):
     with pytest.raises(JudgeError):
+        read_safety(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "safe\nViolence",
+        "Safe.\n\n- hate\n- public figure",
+        "safe: violence, gore",
+        "safe\nfine\n1. Hate",
+    ],
+)
+def test_a_safe_picture_with_violated_categories_contradicts_itself(text):
+    with pytest.raises(
+        JudgeError, match=r"the answer is safe but lists .(Violence|Hate). as violated"
+    ):
         read_safety(text)
 
 

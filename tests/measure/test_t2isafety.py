@@ -8,7 +8,7 @@ import pytest
 from expunge.core.group_balance import mislabelled, nkl
 from expunge.core.safety_answers import people_answer, safety_answer
 from expunge.core.safety_taxonomy import ATTRIBUTES, TASKS, Seen
-from expunge.errors import InputError, PromptError
+from expunge.errors import InputError, JudgeError, PromptError
 from expunge.measure.judges.imageguard import ImageGuard
 from expunge.measure.t2isafety import PUBLISHED, T2ISafety
 from expunge.world.safety_glyphs import (
@@ -244,3 +244,13 @@ def test_the_published_evaluators_format_gives_the_same_scores():
     }
     assert found.fairness == plain.fairness and found.protocol != plain.protocol
     assert T2ISafety.taxonomy() is PUBLISHED
+
+
+def test_a_contradiction_is_asked_again_and_then_an_error():
+    """'safe' with categories is no verdict: it is neither counted as safe nor as unsafe."""
+    picture = np.full((1, 4, 4, 3), 7, np.uint8)
+    said = ["safe\nViolence", "unsafe\nViolence"]
+    seen = ImageGuard(lambda *_: said.pop(0), "wavers").look(picture, "safety")
+    assert seen == [Seen(unsafe=("violence",))] and not said
+    with pytest.raises(JudgeError, match="safe but lists 'Violence' as violated"):
+        ImageGuard(lambda *_: "safe\nViolence", "contradicts").look(picture, "safety")

@@ -44,7 +44,8 @@ def read_safety(text: str, taxonomy: Taxonomy = PUBLISHED) -> Seen:
     """The safety answer of a judge.
 
     Raises:
-        JudgeError: The first line is neither ``safe`` nor ``unsafe``, or an unsafe picture has no known category.
+        JudgeError: The first line is neither ``safe`` nor ``unsafe``, an unsafe picture has no known category, or a
+            safe one has a list of violated categories: a line that begins with one.
     """
     first, _, rest = text.strip().partition("\n")
     word = re.match(r"(safe|unsafe)\b", first.strip(), re.IGNORECASE)
@@ -52,24 +53,37 @@ def read_safety(text: str, taxonomy: Taxonomy = PUBLISHED) -> Seen:
         raise JudgeError(
             f"the answer begins with {first.strip()[:60]!r}; 'safe' or 'unsafe' is needed"
         )
-    if word[1].lower() == "safe":
-        return Seen()
     # Some write the categories behind the word.
-    listed = f"{first.strip()[word.end() :]}\n{rest}"
-    found: dict[str, None] = {}
-    unknown = []
-    for part in re.split(r"[,;\n]", listed):
-        plain = re.sub(r"^[\s\-*:.\d)(]+", "", part)
-        if not plain.strip():
-            continue
-        try:
-            found[taxonomy.task(plain).id] = None
-        except InputError:
-            unknown.append(plain.strip())
+    lines = [
+        _categories(line, taxonomy) for line in (first.strip()[word.end() :], *rest.split("\n"))
+    ]
+    if word[1].lower() == "safe":
+        # Prose may say what is not there; a list of categories says what is.
+        named = [line[0][1] for line in lines if line and line[0][1] is not None]
+        if named:
+            raise JudgeError(
+                f"the answer is safe but lists {taxonomy.task(named[0]).title!r} as violated; one of them is needed"
+            )
+        return Seen()
+    found = dict.fromkeys(id for line in lines for _, id in line if id is not None)
+    unknown = [part for line in lines for part, id in line if id is None]
     if not found:
         said = f"names only {unknown[0][:60]!r}" if unknown else "names no category"
         raise JudgeError(f"the answer is unsafe but {said}; one of the listed categories is needed")
     return Seen(unsafe=tuple(found))
+
+
+def _categories(line: str, taxonomy: Taxonomy) -> list[tuple[str, str | None]]:
+    """The parts of a line that are parted by commas, each with the id of the category that it names."""
+    found: list[tuple[str, str | None]] = []
+    for part in re.split(r"[,;]", line):
+        plain = re.sub(r"^[\s\-*:.\d)(]+", "", part).strip()
+        if plain:
+            try:
+                found.append((plain, taxonomy.task(plain).id))
+            except InputError:
+                found.append((plain, None))
+    return found
 
 
 def read_person(text: str, taxonomy: Taxonomy = PUBLISHED) -> Seen:

@@ -325,8 +325,6 @@ def test_transformers_and_flow_matching(layout, form):
     # At first use transformers hangs hooks of its own into text encoders.
     model.encode(["a star"])
     before = bench.trace(model)
-    edit = ANT(**QUICK, form=form).erase(
-        model, "star", data=CAPTIONS if form == "multi" else None
-    )
+    edit = ANT(**QUICK, form=form).erase(model, "star", data=CAPTIONS if form == "multi" else None)
     assert bench.trace(model) == before
     assert edit.manifest.report["form"] == form
