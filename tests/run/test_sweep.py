@@ -510,6 +510,28 @@ def run(
     return status, shown.out, shown.err
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--concepts", "star, heart,cross"), ("-c", "star", "-c", "heart", "-c", "cross"),
+        ("--concept", "star,", "--concepts", "heart,cross"),
+    ],
+)  # fmt: skip
+def test_concepts_are_joined_by_commas_or_by_repeating(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...]
+) -> None:
+    seen: list[tuple[str, ...]] = []
+
+    def options(*arguments: Any, **_: Any) -> None:
+        seen.append(arguments[3])
+        raise SettingError("that is all")
+
+    monkeypatch.setattr("expunge.run.sweep.options.Options", options)
+    status, _, err = run(capsys, monkeypatch, "sweep", "-m", "stub", "-o", "out", *given)
+    assert status == 1 and "that is all" in err
+    assert seen == [("star", "heart", "cross")]
+
+
 def test_the_command_sweeps_resumes_records_and_makes_pages(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,7 +24,13 @@ from .options import (
 __all__ = ["leaderboard", "sweep"]
 
 ConceptsOption = Annotated[
-    str, typer.Option(help="Names of the world's concepts joined by commas.")
+    list[str],
+    typer.Option(
+        "--concepts",
+        "--concept",
+        "-c",
+        help="Names of the world's concepts, joined by commas or by repeating the option.",
+    ),
 ]
 ErasersOption = Annotated[
     str, typer.Option(help="`all`, or ids with settings joined by commas: `uce,trce:stage2=false`.")
@@ -76,7 +82,7 @@ def sweep(
     from ..run.sweep.options import Options
 
     options = Options(
-        model, erasers, attacks, tuple(_parts(concepts)), _numbers(seeds), budget, n, kept_n, attack_n,
+        model, erasers, attacks, tuple(_parts(",".join(concepts))), _numbers(seeds), budget, n, kept_n, attack_n,
         split=split, batch=batch, device=device, dtype=dtype,
     )  # fmt: skip
     if ray is not None and jobs > 1:
