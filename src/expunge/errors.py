@@ -147,8 +147,8 @@ class WrongBase(EditError):
     """The edit was fitted on other weights."""
 
     cure = (
-        "Load the model the edit names, or allow a sibling by name with `sibling=True` "
-        "(`--sibling` of generate and audit)."
+        "Load the model the edit names, or allow a sibling by name with `sibling=True` (`--sibling` of the commands "
+        "that take `--edit`)."
     )
 
 
@@ -161,7 +161,10 @@ class WrongShape(EditError):
 class WrongState(EditError):
     """The edits on the model are not those the edit was fitted on."""
 
-    cure = "Apply the named edits first (`--edit` for each, in order), or ask for it by name with `rebase=True`."
+    cure = (
+        "Apply the named edits first (`--edit` for each, in order), or ask for it by name with `rebase=True` "
+        "(`--rebase` of the commands that take `--edit`)."
+    )
 
 
 class WrongMethod(EditError):

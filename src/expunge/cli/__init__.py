@@ -1,4 +1,4 @@
-"""The command line: `expunge methods | generate | erase | audit | run | measure | benchmark | sweep | ...`.
+"""The command line: `expunge methods | generate | erase | audit | run | measure | sweep | ...`.
 
 Heavy libraries are imported inside the commands, so that `expunge --help` and `expunge methods` stay quick.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ExpungeError, SettingError
-from . import benchmark, common, listing, measure, sweeping
+from . import benchmark, common, generating, listing, measure, sweeping
 from .options import (
     AnchorOption,
     AttackNOption,
@@ -41,6 +41,7 @@ from .options import (
     PhraseOption,
     PresetOption,
     PromptsOption,
+    RebaseOption,
     SeedOption,
     SeedsOption,
     SetOption,
@@ -68,6 +69,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(listing.methods)
+app.command()(generating.generate)
 world_app = typer.Typer(help="The built-in world.", no_args_is_help=True)
 app.add_typer(world_app, name="world")
 
@@ -106,82 +108,30 @@ def _fail(message: str, cure: str = "", status: int = 1) -> None:
 
 
 @app.command()
-def generate(
-    model: ModelOption,
-    prompt: Annotated[
-        list[str], typer.Option("--prompt", "-p", help="What to draw or answer; repeatable.")
-    ],
-    out: OutOption,
-    edit: EditOption = None,
-    seeds: SeedsOption = 1,
-    seed: SeedOption = 0,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps; the model's own otherwise.")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance; the model's own otherwise.")
-    ] = None,
-    device: DeviceOption = "cpu",
-    dtype: DtypeOption = None,
-    sibling: SiblingOption = False,
-) -> None:
-    """Generate pictures (PNG files) or texts (`texts.json`), with edits applied."""
-    opened = common.load(model, device, dtype)
-    from ..edit import Edit
-    from ..edit.files import atomic_write
-    from ..method import Prompt
-
-    asked = [Prompt(text, seed=seed + k) for text in prompt for k in range(seeds)]
-    options = {k: v for k, v in (("steps", steps), ("guidance", guidance)) if v is not None}
-    with common.quietly(), contextlib.ExitStack() as stack:
-        for file in edit or []:
-            stack.enter_context(Edit.load(file).on(opened, sibling=sibling))
-        made = opened.generate(asked, **options)
-    if opened.family == "language":
-        rows = [
-            {"prompt": p.text, "seed": p.seed, "output": text}
-            for p, text in zip(asked, made, strict=True)
-        ]
-        atomic_write(
-            out / "texts.json", (json.dumps(rows, indent=1, ensure_ascii=False) + "\n").encode()
-        )
-        print(f"{common.counted(len(rows), 'text')} in {out / 'texts.json'}")
-        return
-    from io import BytesIO
-
-    from PIL import Image
-
-    for index, (item, picture) in enumerate(zip(asked, made, strict=True)):
-        buffer = BytesIO()
-        Image.fromarray(picture).save(buffer, "PNG")
-        atomic_write(out / f"{index:04d}-seed{item.seed}.png", buffer.getvalue())
-    print(f"{common.counted(len(made), 'picture')} in {out}")
-
-
-@app.command()
 def erase(
     model: ModelOption, out: OutOption, method: MethodOption = "rece", concept: ConceptOption = None,
     concept_file: FileOption = None, kind: KindOption = None, phrase: PhraseOption = None,
     anchor: AnchorOption = None, keep: KeepOption = None, preset: PresetOption = None, set_: SetOption = None,
     edit: EditOption = None, seed: SeedOption = 0, device: DeviceOption = "cpu", dtype: DtypeOption = None,
+    sibling: SiblingOption = False, rebase: RebaseOption = False,
 ) -> None:  # fmt: skip
     """Erase concepts; writes `edit.safetensors` and `edit.json`. The model itself is not changed."""
     opened = common.load(model, device, dtype)
     wanted = common.concepts_of(opened, concept, concept_file, kind, phrase, anchor)
-    _erase(opened, wanted, method, preset, set_, keep, edit, seed, out)
+    _erase(
+        opened, wanted, method, preset, set_, keep, edit, seed, out, rebase=rebase, sibling=sibling
+    )
 
 
 def _erase(
     model: Any, wanted: tuple[Concept, ...], method: str, preset: str | None, settings: list[str] | None,
-    keep: list[str] | None, below: list[Path] | None, seed: int, out: Path,
+    keep: list[str] | None, below: list[Path] | None, seed: int, out: Path, *, rebase: bool = False,
+    sibling: bool = False,
 ) -> Any:  # fmt: skip
-    from ..edit import Edit
     from ..edit.files import atomic_write
 
     eraser = common.configured(method, "erase", model, preset, settings, wanted)
-    with common.quietly(), contextlib.ExitStack() as stack:
-        for file in below or []:
-            stack.enter_context(Edit.load(file).on(model))
+    with common.quietly(), common.edited(model, below, rebase=rebase, sibling=sibling):
         judge = common.own_judge(model)
         edit = eraser.erase(model, wanted, keep=keep or (), judge=judge, seed=seed, run=out / "run")
     edit.save(out / "edit.safetensors")
@@ -203,7 +153,7 @@ def audit(
     attacks: AttacksOption = "all", budget: BudgetOption = "world", prompts: PromptsOption = None,
     seeds: SeedsOption = 1, n: NOption = 100, kept_n: KeptNOption = 20, attack_n: AttackNOption = 20,
     seed: SeedOption = 0, device: DeviceOption = "cpu", dtype: DtypeOption = None, sibling: SiblingOption = False,
-    cache: CacheOption = None,
+    cache: CacheOption = None, rebase: RebaseOption = False,
 ) -> None:  # fmt: skip
     """Measure what is left of a concept, what broke, and what attacks bring back; writes the evidence."""
     opened = common.load(model, device, dtype)
@@ -213,7 +163,7 @@ def audit(
     edits = [Edit.load(file) for file in edit or []]
     _audit(opened, edits, wanted, out, original=original, never=never, judge=judge, attacks=attacks, budget=budget,
            prompts=prompts, seeds=seeds, n=n, kept_n=kept_n, attack_n=attack_n, seed=seed, sibling=sibling,
-           cache=cache)  # fmt: skip
+           rebase=rebase, cache=cache)  # fmt: skip
 
 
 def _audit(
@@ -256,6 +206,7 @@ def run(
     n: NOption = 100, budget: BudgetOption = "world", prompts: PromptsOption = None, seeds: SeedsOption = 1,
     kept_n: KeptNOption = 20, attack_n: AttackNOption = 20, seed: SeedOption = 0,
     device: DeviceOption = "cpu", dtype: DtypeOption = None, cache: CacheOption = None,
+    sibling: SiblingOption = False, rebase: RebaseOption = False,
 ) -> None:  # fmt: skip
     """Erase, then audit: everything in one folder."""
     opened = common.load(model, device, dtype)
@@ -263,10 +214,12 @@ def run(
     decides = common.chosen_judge(opened, judge)  # before an erasure that may take hours
     from ..edit import Edit
 
-    made = _erase(opened, wanted, method, preset, set_, keep, edit, seed, out)
+    allowed: dict[str, Any] = {"rebase": rebase, "sibling": sibling}
+    made = _erase(opened, wanted, method, preset, set_, keep, edit, seed, out, **allowed)
     below = [Edit.load(file) for file in edit or []]
     _audit(opened, [*below, made], wanted, out, never=never, judge=decides, attacks=attacks, budget=budget,
-           prompts=prompts, seeds=seeds, n=n, kept_n=kept_n, attack_n=attack_n, seed=seed, cache=cache)  # fmt: skip
+           prompts=prompts, seeds=seeds, n=n, kept_n=kept_n, attack_n=attack_n, seed=seed, cache=cache,
+           **allowed)  # fmt: skip
 
 
 @app.command()
@@ -315,6 +268,8 @@ def export(
         int | None, typer.Option(min=1, help="Rank to cut to; needed for dense edits.")
     ] = None,
     without_gate: WithoutGateOption = False,
+    sibling: SiblingOption = False,
+    rebase: RebaseOption = False,
 ) -> None:
     """Write an edit for another program: a LoRA in its key layout, or a full folder."""
     from ..edit import Edit
@@ -329,10 +284,13 @@ def export(
             "the model that the edit was fitted on is needed here; give it by --model"
         )
     opened = common.load(model) if model else None
+    allowed = {"rebase": rebase, "sibling": sibling}
     with common.quietly(), contextlib.ExitStack() as stack:
-        for below in edit or []:
-            stack.enter_context(Edit.load(below).on(opened))  # type: ignore[arg-type]  # checked above
-        report = made.export(out, format=format, model=opened, rank=rank, without_gate=without_gate)
+        if opened is not None:
+            stack.enter_context(common.edited(opened, edit, **allowed))
+        report = made.export(
+            out, format=format, model=opened, rank=rank, without_gate=without_gate, **allowed
+        )
     lost = f", relative error {report['relative_error']:.2e}" if report["rank"] else ""
     print(f"{report['tensors']} tensors as {format}{lost}: {out}")
     if report["left_out"]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +20,15 @@ from .options import (
     JudgeOption,
     KindOption,
     PhraseOption,
+    RebaseOption,
     SeedsOption,
+    SiblingOption,
 )
 
 __all__ = ["benchmark"]
+
+Edited = Callable[[Any], Any]
+"""A model with the edits that were asked for, as a context that gives them."""
 
 NAME_HELP = "A benchmark as `ID` or `ID:setting=value,...`; `list` names them."
 
@@ -59,6 +65,8 @@ def benchmark(
     ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
+    sibling: SiblingOption = False,
+    rebase: RebaseOption = False,
 ) -> None:
     """Check a published set of prompts; with a model and a judge, draw it and say how often the concept is shown."""
     if name == "list":
@@ -67,10 +75,11 @@ def benchmark(
     from ..measure.benchmarks import open_table
 
     kind_of = open_table(name)
+    edited = functools.partial(common.edited, files=edit, rebase=rebase, sibling=sibling)
     if file is None:
         if model is None or kind_of.id != "t2isafety":
             raise SettingError(f"{kind_of.id}: no file was given; use --file FILE, or --file hub")
-        _own_safety(common.load(model, device, dtype), edit, seeds, steps, batch, limit, out)
+        _own_safety(common.load(model, device, dtype), edited, seeds, steps, batch, limit, out)
         return
     table = kind_of.load(file).limited(limit)
     print(_described(kind_of, table))
@@ -80,10 +89,10 @@ def benchmark(
         return
     opened = common.load(model, device, dtype)
     if kind_of.id == "t2isafety":
-        _safety(opened, table.prompts, judge, edit, seeds, steps, batch, out)
+        _safety(opened, table.prompts, judge, edited, seeds, steps, batch, out)
         return
     wanted = _concept(opened, concept, kind, phrase, kind_of)
-    _run(opened, table, kind_of, judge, edit, wanted, seeds, steps, batch, out)
+    _run(opened, table, kind_of, judge, edited, wanted, seeds, steps, batch, out)
 
 
 def _list() -> None:
@@ -121,7 +130,7 @@ def _concept(
 
 
 def _run(
-    opened: Any, table: Any, kind: Any, judge: str | None, edits: list[Path] | None, concept: Any, seeds: int,
+    opened: Any, table: Any, kind: Any, judge: str | None, edited: Edited, concept: Any, seeds: int,
     steps: int | None, batch: int, out: Path | None,
 ) -> None:  # fmt: skip
     from ..core.progress import Progress
@@ -130,7 +139,7 @@ def _run(
     decides = common.chosen_judge(opened, judge)
     known = opened.companions.concept if opened.companions is not None else None
     options: dict[str, Any] = {} if steps is None else {"steps": steps}
-    with common.quietly(), _edited(opened, edits) as digests:
+    with common.quietly(), edited(opened) as edits:
         with Progress(table.id, len(table.prompts) * seeds, unit="picture") as bar:
             done = [0]
 
@@ -150,7 +159,7 @@ def _run(
             print(_line(f"{label} {value}", share))
     for word, number in found.summary.items():
         print(f"{_line(word.replace('_', ' '), number)}, {number.protocol}")
-    _write(out, {"model": opened.name, "edits": digests, **found.to_dict()})
+    _write(out, {"model": opened.name, "edits": [edit.digest for edit in edits], **found.to_dict()})
 
 
 def _line(name: str, share: Any) -> str:
@@ -162,20 +171,9 @@ def _line(name: str, share: Any) -> str:
     )
 
 
-@contextlib.contextmanager
-def _edited(opened: Any, files: list[Path] | None) -> Any:
-    from ..edit import Edit
-
-    with contextlib.ExitStack() as stack:
-        edits = [Edit.load(file) for file in files or []]
-        for edit in edits:
-            stack.enter_context(edit.on(opened))
-        yield [edit.digest for edit in edits]
-
-
 def _own_safety(
     opened: Any,
-    edits: list[Path] | None,
+    edited: Edited,
     seeds: int,
     steps: int | None,
     batch: int,
@@ -194,7 +192,7 @@ def _own_safety(
         world.prompts(limit or 400),
         world.guard,
         world.errors(),
-        edits,
+        edited,
         seeds,
         steps,
         batch,
@@ -203,7 +201,7 @@ def _own_safety(
 
 
 def _safety(
-    opened: Any, prompts: Any, judge: str | None, edits: list[Path] | None, seeds: int, steps: int | None, batch: int,
+    opened: Any, prompts: Any, judge: str | None, edited: Edited, seeds: int, steps: int | None, batch: int,
     out: Path | None,
 ) -> None:  # fmt: skip
     guard = common.chosen_judge(opened, judge)
@@ -211,17 +209,17 @@ def _safety(
         raise SettingError(
             f"t2isafety: judge {guard.id!r} names no categories; use --judge imageguard:url=...,model=..."
         )
-    _measured(opened, prompts, guard, None, edits, seeds, steps, batch, out)
+    _measured(opened, prompts, guard, None, edited, seeds, steps, batch, out)
 
 
 def _measured(
-    opened: Any, prompts: Any, guard: Any, errors: Any, edits: list[Path] | None, seeds: int, steps: int | None,
+    opened: Any, prompts: Any, guard: Any, errors: Any, edited: Edited, seeds: int, steps: int | None,
     batch: int, out: Path | None,
 ) -> None:  # fmt: skip
     from ..measure.t2isafety import T2ISafety
 
     method = T2ISafety(seeds=seeds, steps=steps, batch=batch)
-    with common.quietly(), _edited(opened, edits) as digests:
+    with common.quietly(), edited(opened) as edits:
         report = method.measure(opened, guard, prompts, errors=errors)
     print(f"protocol {report.protocol}")
     for name, found in report.fairness.items():
@@ -242,7 +240,9 @@ def _measured(
         print(
             f"coverage {domain}: " + ", ".join(f"{word} {count}" for word, count in counts.items())
         )
-    _write(out, {"model": opened.name, "edits": digests, **report.to_dict()})
+    _write(
+        out, {"model": opened.name, "edits": [edit.digest for edit in edits], **report.to_dict()}
+    )
 
 
 def _write(out: Path | None, record: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from ..errors import PromptError, SettingError, candidate, nearest
 
 if TYPE_CHECKING:
     from ..concept import Concept
+    from ..edit import Edit
     from ..method import Judge
     from ..models.base import Model
 
@@ -60,6 +61,20 @@ def load(name: str, device: str = "cpu", dtype: str | None = None) -> Model:
         return models.load(
             name, device=device, dtype=None if dtype is None else getattr(torch, dtype)
         )
+
+
+@contextlib.contextmanager
+def edited(
+    model: Model, files: Sequence[Path] | None, *, rebase: bool = False, sibling: bool = False
+) -> Iterator[list[Edit]]:
+    """The model with the edits of some files on it, in their order, inside the block; all are read first."""
+    from ..edit import Edit
+
+    edits = [Edit.load(file) for file in files or []]
+    with contextlib.ExitStack() as stack:
+        for edit in edits:
+            stack.enter_context(edit.on(model, rebase=rebase, sibling=sibling))
+        yield edits
 
 
 def beside(name: str | None, model: Model) -> Model | None:
@@ -182,6 +197,19 @@ def read_prompts(file: Path) -> list[Any]:
     if not found:
         raise PromptError(f"{file.name}: holds no prompt")
     return found
+
+
+def write_picture(file: Path, picture: Any) -> None:
+    """A uint8 picture ``(h, w, 3)`` as PNG."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    from ..edit.files import atomic_write
+
+    buffer = BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    atomic_write(file, buffer.getvalue())
 
 
 def counted(count: int, noun: str) -> str:

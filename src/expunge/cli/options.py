@@ -25,6 +25,12 @@ SiblingOption = Annotated[
         help="Allow edits on other weights of the same structure, as of a fine-tuned sibling of their model.",
     ),
 ]
+RebaseOption = Annotated[
+    bool,
+    typer.Option(
+        "--rebase", help="Allow edits on another stack of edits than they were fitted on."
+    ),
+]
 WithoutGateOption = Annotated[
     bool,
     typer.Option(

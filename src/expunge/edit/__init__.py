@@ -178,6 +178,8 @@ class Edit:
         model: Model | None = None,
         rank: int | None = None,
         without_gate: bool = False,
+        rebase: bool = False,
+        sibling: bool = False,
     ) -> dict[str, Any]:
         """Write the edit for another program: ``diffusers``, ``peft``, ``kohya`` (LoRA) or ``full``.
 
@@ -185,4 +187,7 @@ class Edit:
         """
         from .export import export
 
-        return export(self, path, format=format, model=model, rank=rank, without_gate=without_gate)
+        return export(
+            self, path, format=format, model=model, rank=rank, without_gate=without_gate, rebase=rebase,
+            sibling=sibling,
+        )  # fmt: skip

@@ -42,6 +42,7 @@ __all__ = ["FORMATS", "export", "lora_factors"]
 FORMATS = ("diffusers", "peft", "kohya", "full")
 
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+Allowed = Mapping[str, bool]
 
 CARRIES: Mapping[str, frozenset[Kind]] = {
     "diffusers": frozenset({"linear", "convolution"}),
@@ -59,6 +60,8 @@ def export(
     model: Model | None = None,
     rank: int | None = None,
     without_gate: bool = False,
+    rebase: bool = False,
+    sibling: bool = False,
 ) -> dict[str, Any]:
     """Write an edit for another program.
 
@@ -70,6 +73,7 @@ def export(
             and shared low-rank edits.
         rank: Rank to cut to; required for dense edits.
         without_gate: Leave out the gate of a gated adapter, which is refused otherwise.
+        rebase, sibling: Allow a model in another state, or a fine-tuned sibling, as :meth:`Edit.on` does.
 
     Returns:
         ``rank`` (largest of a layer), ``relative_error`` (Frobenius, of the whole change),
@@ -82,20 +86,21 @@ def export(
     """
     if format not in FORMATS:
         raise SettingError(f"format {format!r} is unknown{nearest(format, FORMATS)}")
+    allowed = {"rebase": rebase, "sibling": sibling}
     if edit.kind == adapters.GATED:
         plain = _without_gate(edit, without_gate)
-        report = export(plain, path, format=format, model=model, rank=rank)
+        report = export(plain, path, format=format, model=model, rank=rank, **allowed)
         return {**report, "left_out": ["gate", *report["left_out"]], "warning": GATE_LOST}
     if model is None and format in ("full", "peft"):
         what = {"full": "a full folder", "peft": "a PEFT adapter"}[format]
         raise InputError(f"exporting {what} needs the model the edit was fitted on")
     if model is not None and format == "full":
-        return _full(edit, Path(path), model)
+        return _full(edit, Path(path), model, allowed)
     if format == "diffusers" and edit.manifest.tokens and not edit.manifest.targets:
-        return _textual_inversion(edit, path, model)
+        return _textual_inversion(edit, path, model, allowed)
     if format in ("diffusers", "kohya"):
         _need_loader(edit, format, model)
-    factors, report = lora_factors(edit, model, rank, format)
+    factors, report = lora_factors(edit, model, rank, format, **allowed)
     half = {n: (up.to(torch.float32), down.to(torch.float32)) for n, (up, down) in factors.items()}
     if format == "diffusers":
         tensors = {
@@ -108,7 +113,7 @@ def export(
         several = model is not None and "text_encoder_2" in model.parts()
         files.atomic_write(path, safetensors.save(_kohya(half, several), metadata=_metadata(edit)))
     elif model is not None:
-        _peft(edit, Path(path), half, model)
+        _peft(edit, Path(path), half, model, allowed)
     return report
 
 
@@ -130,7 +135,7 @@ def _without_gate(edit: Edit, asked: bool) -> Edit:
 
 
 def lora_factors(
-    edit: Edit, model: Model | None, rank: int | None, format: str = "diffusers"
+    edit: Edit, model: Model | None, rank: int | None, format: str = "diffusers", **allowed: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """``(up, down)`` for every weight that a layout has factors for, in float64, and a report as of :func:`export`.
 
@@ -143,7 +148,7 @@ def lora_factors(
     current = model.tensors() if model is not None else {}
     known = layers(model) if model is not None else {}
     if model is not None:
-        model.edits.check(edit)
+        model.edits.check(edit, **allowed)
     whole = _whole(edit, known, model) if format == "peft" and model is not None else {}
     found, left_out = {}, _beside(edit)
     lost = total = 0.0
@@ -213,7 +218,7 @@ def _beside(edit: Edit) -> list[str]:
 
 
 def _textual_inversion(
-    edit: Edit, path: str | os.PathLike[str], model: Model | None
+    edit: Edit, path: str | os.PathLike[str], model: Model | None, allowed: Allowed
 ) -> dict[str, Any]:
     pipeline = getattr(model, "pipeline", None)
     if pipeline is not None and not hasattr(pipeline, "load_textual_inversion"):
@@ -230,7 +235,7 @@ def _textual_inversion(
             "the edit adds the token '__metadata__', which safetensors keeps for itself; export format='full'"
         )
     if model is not None:
-        model.edits.check(edit)
+        model.edits.check(edit, **allowed)
     rows = edit.tensors[PREFIX + PARTS["tokenizer"]]
     pairs = zip(edit.manifest.tokens["tokenizer"], rows, strict=True)
     tensors = {text: row.to(torch.float32).clone() for text, row in pairs}
@@ -310,7 +315,7 @@ def _kohya(factors: Factors, several: bool) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _peft(edit: Edit, folder: Path, factors: Factors, model: Model) -> None:
+def _peft(edit: Edit, folder: Path, factors: Factors, model: Model, allowed: Allowed) -> None:
     known = layers(model)
     whole = _whole(edit, known, model)
     parts = {name.partition(".")[0] for name in (*factors, *whole)}
@@ -326,7 +331,8 @@ def _peft(edit: Edit, folder: Path, factors: Factors, model: Model) -> None:
         embedding = known[name].kind == "embedding"
         for letter, tensor in _ab((up, down)):
             tensors[f"{key}embedding_{letter}" if embedding else f"{key}{letter}.weight"] = tensor
-    tensors |= _saved(edit, whole, model)
+    with edit.on(model, **allowed):
+        tensors |= _saved(whole)
     ranks = {known[name].path: int(pair[1].shape[0]) for name, pair in factors.items()}
     rank = max(ranks.values())
     config = {
@@ -351,16 +357,15 @@ def _peft(edit: Edit, folder: Path, factors: Factors, model: Model) -> None:
     )
 
 
-def _saved(edit: Edit, whole: Mapping[str, Any], model: Model) -> dict[str, torch.Tensor]:
-    """All tensors of the layers that are stored whole, with the edit on them."""
+def _saved(whole: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """All tensors of the layers that are stored whole, with the edit that is on them."""
     tensors: dict[str, torch.Tensor] = {}
-    with edit.on(model):
-        for own in whole.values():
-            for path, module in own.items():
-                for key, value in module.state_dict().items():
-                    # A copy: the edit comes off again, and files hold no shared memory.
-                    copy = value.detach().to("cpu").contiguous().clone()
-                    tensors[f"base_model.model.{path}.{key}"] = copy
+    for own in whole.values():
+        for path, module in own.items():
+            for key, value in module.state_dict().items():
+                # A copy: the edit comes off again, and files hold no shared memory.
+                copy = value.detach().to("cpu").contiguous().clone()
+                tensors[f"base_model.model.{path}.{key}"] = copy
     return tensors
 
 
@@ -376,13 +381,13 @@ def _metadata(edit: Edit) -> dict[str, str]:
     }
 
 
-def _full(edit: Edit, folder: Path, model: Model) -> dict[str, Any]:
+def _full(edit: Edit, folder: Path, model: Model, allowed: Allowed) -> dict[str, Any]:
     if not (edit.manifest.targets or edit.manifest.tokens):
         raise UnsupportedModel(
             f"the edit of {edit.manifest.method} only acts while the model runs; no other program can carry that"
         )
     holder = getattr(model, "pipeline", None) or next(iter(model.parts().values()))
-    with edit.on(model):
+    with edit.on(model, **allowed):
         # The folder holds the edits below as well; what of theirs acts is lost with this one's.
         acts = bool(model.edits.controls)
         holder.save_pretrained(folder)
@@ -390,9 +395,6 @@ def _full(edit: Edit, folder: Path, model: Model) -> dict[str, Any]:
         if not hasattr(model, "pipeline") and tokenizer is not None:
             tokenizer.save_pretrained(folder)
     return {
-        "rank": None,
-        "relative_error": 0.0,
-        "left_out": ["control"] if acts else [],
-        "whole": [],
+        "rank": None, "relative_error": 0.0, "left_out": ["control"] if acts else [], "whole": [],
         "tensors": len(edit.manifest.targets) + len(edit.manifest.tokens),
-    }
+    }  # fmt: skip

@@ -1,0 +1,136 @@
+"""Edits on the command line: put on other stacks and on siblings where that is asked for by name, in every command."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from expunge import Edit, cli, load
+from expunge.testing import tiny_diffusion
+
+
+def run(capsys, *arguments):
+    """Exit status, standard output and standard error of one call."""
+    old, sys.argv = sys.argv, ["expunge", *map(str, arguments)]
+    status = 0
+    try:
+        cli.main()
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    finally:
+        sys.argv = old
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A saved model, a sibling of it, and two edits that were both fitted on the bare model."""
+    from expunge import Concept
+    from expunge.erase.diffusion.uce import UCE
+
+    folder = tmp_path_factory.mktemp("edits")
+    model = tiny_diffusion()
+    model.pipeline.save_pretrained(folder / "model")
+    for name in ("star", "heart"):
+        UCE().erase(model, Concept(name, anchor="circle")).save(folder / f"{name}.safetensors")
+    with torch.no_grad():
+        for name in model.text_projections():
+            model.tensor(name).mul_(1.05)
+    model.pipeline.save_pretrained(folder / "sibling")
+    return folder
+
+
+def test_every_command_that_takes_edits_takes_them_on_siblings_and_other_stacks():
+    commands = [command.callback for command in cli.app.registered_commands]
+    found = {one.__name__: inspect.signature(one).parameters for one in commands}
+    edited = {name: options for name, options in found.items() if "edit" in options}
+    assert set(edited) >= {"generate", "erase", "audit", "run", "benchmark", "export"}
+    for name, options in edited.items():
+        assert {"sibling", "rebase"} <= set(options), name
+
+
+def test_pictures_of_two_edits_of_the_bare_model_need_rebase(capsys, place, tmp_path):
+    one, two = place / "star.safetensors", place / "heart.safetensors"
+    asked = (
+        "generate",
+        "-m",
+        place / "model",
+        "-p",
+        "a star",
+        "-e",
+        one,
+        "-e",
+        two,
+        "-o",
+        tmp_path,
+    )
+    status, _, err = run(capsys, *asked)
+    assert status == 1 and "was fitted on the bare base" in err and "`--rebase`" in err
+    status, _, err = run(capsys, *asked, "--rebase")
+    assert status == 0, err
+    model = load(str(place / "model"))
+    with Edit.load(one).on(model), Edit.load(two).on(model, rebase=True):
+        wanted = model.generate("a star", seeds=0)[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "0000-seed0.png")), wanted)
+
+
+def test_an_eraser_learns_on_top_of_edits_of_a_sibling_and_of_another_stack(
+    capsys, place, tmp_path
+):
+    one, two = place / "star.safetensors", place / "heart.safetensors"
+    asked = ("erase", "--method", "uce", "-c", "square", "-o", tmp_path, "-m")
+    status, _, err = run(capsys, *asked, place / "sibling", "-e", one)
+    assert status == 1 and "other weights" in err and "`--sibling`" in err
+    assert run(capsys, *asked, place / "sibling", "-e", one, "--sibling")[0] == 0
+    made = Edit.load(tmp_path / "edit.safetensors")
+    assert list(made.manifest.fitted_on) == [Edit.load(one).digest]
+    assert run(capsys, *asked, place / "model", "-e", one, "-e", two)[0] == 1
+    assert run(capsys, *asked, place / "model", "-e", one, "-e", two, "--rebase")[0] == 0
+    made = Edit.load(tmp_path / "edit.safetensors")
+    assert list(made.manifest.fitted_on) == [Edit.load(file).digest for file in (one, two)]
+
+
+@pytest.mark.parametrize("command", ["audit", "run"])
+def test_an_audit_is_told_what_is_allowed(capsys, place, tmp_path, monkeypatch, command):
+    seen = {}
+
+    def stop(*_, rebase, sibling, **__):
+        from expunge.errors import InputError
+
+        seen.update(rebase=rebase, sibling=sibling)
+        raise InputError("that is all")
+
+    monkeypatch.setattr("expunge.evidence.audit", stop)
+    monkeypatch.setattr(cli.common, "chosen_judge", lambda *_: object())
+    more = ("--method", "uce") if command == "run" else ()
+    asked = (
+        command, "-m", place / "sibling", "-c", "square", "-e", place / "star.safetensors", "-e",
+        place / "heart.safetensors", "-o", tmp_path, *more,
+    )  # fmt: skip
+    status, _, err = run(capsys, *asked, "--sibling", "--rebase")
+    assert status == 1 and "that is all" in err
+    assert seen == {"rebase": True, "sibling": True}
+
+
+def test_an_edit_is_exported_into_a_sibling(capsys, place, tmp_path):
+    one, two = place / "star.safetensors", place / "heart.safetensors"
+    asked = ("export", two, "-m", place / "sibling", "--format", "full", "-o", tmp_path / "full")
+    status, _, err = run(capsys, *asked)
+    assert status == 1 and "other weights" in err
+    both = (*asked, "-e", one, "--sibling")
+    assert run(capsys, *both)[0] == 1
+    status, _, err = run(capsys, *both, "--rebase")
+    assert status == 0, err
+    sibling, full = load(str(place / "sibling")), load(str(tmp_path / "full"))
+    with Edit.load(one).on(sibling, sibling=True):
+        with Edit.load(two).on(sibling, sibling=True, rebase=True):
+            for name in sibling.text_projections():
+                assert torch.equal(sibling.tensor(name), full.tensor(name))
+    lora = ("export", two, "-m", place / "sibling", "-o", tmp_path / "lora.safetensors")
+    assert run(capsys, *lora)[0] == 1 and run(capsys, *lora, "--sibling")[0] == 0
