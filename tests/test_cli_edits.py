@@ -134,3 +134,63 @@ def test_an_edit_is_exported_into_a_sibling(capsys, place, tmp_path):
                 assert torch.equal(sibling.tensor(name), full.tensor(name))
     lora = ("export", two, "-m", place / "sibling", "-o", tmp_path / "lora.safetensors")
     assert run(capsys, *lora)[0] == 1 and run(capsys, *lora, "--sibling")[0] == 0
+
+
+# -- a negative text -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_negative_text_stands_in_the_unconditional_branch(capsys, place, tmp_path, edited):
+    """As in Python; an edit that acts on guidance is told of it."""
+    from expunge import Concept
+    from expunge.erase.diffusion.sld import SLD
+
+    model = load(str(place / "model"))
+    edit = SLD(warm_up=0).erase(model, Concept("heart"))
+    edit.save(tmp_path / "edit.safetensors")
+    more = ("-e", tmp_path / "edit.safetensors") if edited else ()
+    asked = (
+        "generate",
+        "-m",
+        place / "model",
+        "-p",
+        "a star",
+        "--seed",
+        3,
+        "--guidance",
+        4,
+        *more,
+        "-o",
+    )
+    assert run(capsys, *asked, tmp_path / "with", "--negative", "a red circle")[0] == 0
+    assert run(capsys, *asked, tmp_path / "without")[0] == 0
+    drawn = {
+        name: np.asarray(Image.open(tmp_path / name / "0000-seed3.png"))
+        for name in ("with", "without")
+    }
+    if edited:
+        edit.apply(model)
+    for name, text in (("with", "a red circle"), ("without", "")):
+        wanted = model.generate("a star", seeds=3, guidance=4.0, negative=text)[0]
+        assert np.array_equal(drawn[name], wanted)
+    assert not np.array_equal(drawn["with"], drawn["without"])
+
+
+def test_a_negative_text_that_would_do_nothing_is_refused(capsys, place, tmp_path):
+    from expunge.errors import PromptError
+    from expunge.method import Prompt
+    from expunge.testing import tiny_language
+
+    asked = ("generate", "-m", place / "model", "-p", "a star", "--negative", "red", "-o", tmp_path)
+    status, _, err = run(capsys, *asked, "--guidance", 1)
+    assert status == 1 and "a negative text has no part at guidance 1" in err
+    model = tiny_diffusion()
+    one = Prompt("a star", guidance=1.0)
+    with pytest.raises(PromptError, match="no part at guidance 1"):
+        model.generate([one], negative="red")
+    # Where one of several pictures is guided it has a part, in batches of any size.
+    both = [one, Prompt("a star")]
+    whole, single = (model.generate(both, negative="red", batch=size) for size in (2, 1))
+    assert abs(whole.astype(int) - single.astype(int)).max() <= 1
+    with pytest.raises(PromptError, match="'negative' is unknown"):
+        tiny_language().generate("Ada", negative="red")

@@ -22,6 +22,12 @@ from .options import (
 
 __all__ = ["generate"]
 
+NEGATIVE_HELP = (
+    "What shall not be drawn: the text of guidance's unconditional branch, for all prompts. Models without that "
+    "branch, and guidance 1, refuse it."
+)
+
+
 def generate(
     model: ModelOption,
     prompt: Annotated[
@@ -37,6 +43,7 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option(help="Classifier-free guidance; the model's own otherwise.")
     ] = None,
+    negative: Annotated[str | None, typer.Option(help=NEGATIVE_HELP)] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
     sibling: SiblingOption = False,
@@ -48,7 +55,7 @@ def generate(
     from ..method import Prompt
 
     asked = [Prompt(text, seed=seed + k) for text in prompt for k in range(seeds)]
-    given: dict[str, Any] = {"steps": steps, "guidance": guidance}
+    given: dict[str, Any] = {"steps": steps, "guidance": guidance, "negative": negative}
     options = {name: value for name, value in given.items() if value is not None}
     with common.quietly(), common.edited(opened, edit, rebase=rebase, sibling=sibling):
         made = opened.generate(asked, **options)

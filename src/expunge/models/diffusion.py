@@ -301,7 +301,7 @@ class DiffusionModel(Model):
             prompts: One or several texts, or :class:`Prompt` with their own seeds.
             seeds: Seed of each picture's initial noise; default: the prompts' own, or 0, 1, 2, ...
             steps, guidance: Default: the model's own; a prompt's guidance wins; all 1 runs one branch only.
-            negative: Text of the unconditional branch, where there is one.
+            negative: Text of the unconditional branch, where there is one; at guidance 1 there is none.
             condition: Row-wise condition used in place of the texts.
             batch: Pictures at a time; halve it when memory runs out.
             progress: Called with the number of pictures finished since the last call.
@@ -319,6 +319,11 @@ class DiffusionModel(Model):
             raise PromptError(f"{len(texts)} prompts but a condition of {condition.rows} rows")
         shared = self.guidance if guidance is None else guidance
         own = [p.guided(shared) if isinstance(p, Prompt) else shared for p in listed]
+        if negative and self.two_branches and all(weight == 1.0 for weight in own):
+            raise PromptError(
+                f"{self.name}: a negative text has no part at guidance 1, where its branch does not run; "
+                "ask for another guidance, or for no negative text"
+            )
         made = []
         with torch.no_grad():
             for first in range(0, len(texts), batch):
