@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from expunge import Edit, cli, load
+from expunge.method import Judge, Verdicts
 from expunge.testing import tiny_diffusion
 
 
@@ -50,7 +52,7 @@ def test_every_command_that_takes_edits_takes_them_on_siblings_and_other_stacks(
     commands = [command.callback for command in cli.app.registered_commands]
     found = {one.__name__: inspect.signature(one).parameters for one in commands}
     edited = {name: options for name, options in found.items() if "edit" in options}
-    assert set(edited) >= {"generate", "erase", "audit", "run", "benchmark", "export"}
+    assert set(edited) >= {"generate", "erase", "audit", "run", "attack", "benchmark", "export"}
     for name, options in edited.items():
         assert {"sibling", "rebase"} <= set(options), name
 
@@ -194,3 +196,66 @@ def test_a_negative_text_that_would_do_nothing_is_refused(capsys, place, tmp_pat
     assert abs(whole.astype(int) - single.astype(int)).max() <= 1
     with pytest.raises(PromptError, match="'negative' is unknown"):
         tiny_language().generate("Ada", negative="red")
+
+
+# -- attacks ---------------------------------------------------------------------------------------
+
+
+class Later(Judge):
+    """Of the plain pictures sees the concept in the first alone, and afterwards in every one."""
+
+    id, protocol, threshold = "later", "later/1", 0.5
+
+    def __init__(self):
+        self.asked = 0
+
+    def judge(self, outputs, concept, prompts):
+        hit = np.ones(len(outputs), bool) if self.asked else np.arange(len(outputs)) == 0
+        self.asked += 1
+        return Verdicts(hit, hit * 0.75, np.ones(len(outputs), bool))
+
+
+def test_attacks_of_a_model_are_shown_and_written(capsys, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.common, "chosen_judge", lambda *_: Later())
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"text": "a photo of a star", "seed": 7}\n')
+    asked = (
+        "attack", "-m", place / "model", "-e", place / "star.safetensors", "-c", "star", "-p", "a star", "-p",
+        "a red star", "-f", prompts, "--attacks", "random-tokens", "--budget", "quick", "-o", tmp_path / "out",
+    )  # fmt: skip
+    status, out, err = run(capsys, *asked)
+    assert status == 0, err
+    assert "random-tokens" in out and "33.3 [" in out and "100.0 [" in out and "score 0.75" in out
+    document = json.loads((tmp_path / "out" / "attacks.json").read_text())
+    (attack,) = document["attacks"]
+    assert [(i["prompt"], i["seed"]) for i in attack["items"]] == [
+        ("a star", 0), ("a red star", 1), ("a photo of a star", 7),
+    ]  # fmt: skip
+    assert [(i["before"], i["after"]) for i in attack["items"]] == [
+        (True, True),
+        (False, True),
+        (False, True),
+    ]
+    assert attack["items"][0]["text"] is None and attack["items"][1]["text"] in out
+    assert len(list((tmp_path / "out" / "random-tokens").glob("*.png"))) == 3
+    assert document["command"].startswith("expunge attack") and document["own_prompts"]
+    status, out, err = run(capsys, *asked, "--n", "1", "--attacks", "ring-a-bel")
+    assert status == 1 and "ring-a-bell" in err
+
+
+def test_a_command_whose_attacks_all_fail_says_so(capsys, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.common, "chosen_judge", lambda *_: Later())
+    asked = (
+        "attack",
+        "-m",
+        place / "model",
+        "-c",
+        "star",
+        "-p",
+        "a star",
+        "-o",
+        tmp_path,
+        "--attacks",
+    )
+    status, out, _ = run(capsys, *asked, "p4d")  # there is nothing that could be lifted
+    assert status == 1 and "p4d: not-run: it needs the original" in out

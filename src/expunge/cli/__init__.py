@@ -1,4 +1,4 @@
-"""The command line: `expunge methods | generate | erase | audit | run | measure | sweep | ...`.
+"""The command line: `expunge methods | generate | erase | audit | run | attack | measure | sweep | ...`.
 
 Heavy libraries are imported inside the commands, so that `expunge --help` and `expunge methods` stay quick.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ExpungeError, SettingError
-from . import benchmark, common, generating, listing, measure, sweeping
+from . import attacking, benchmark, common, generating, listing, measure, sweeping
 from .options import (
     AnchorOption,
     AttackNOption,
@@ -337,6 +337,7 @@ def world_export(
 
 
 # Commands of files of their own; `--help` lists commands in the order in which they are added.
+app.command()(attacking.attack)
 app.command()(sweeping.sweep)
 app.command()(sweeping.leaderboard)
 app.command()(measure.measure)

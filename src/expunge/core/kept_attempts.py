@@ -21,7 +21,7 @@ from ..edit.files import atomic_write
 from ..method import Attempt, Attempts, Prompt
 from .sampling import OutputCache
 
-__all__ = ["keep", "recall"]
+__all__ = ["keep", "plain", "recall"]
 
 KEY = "expunge.attempts"
 FORMAT = 1
@@ -61,10 +61,10 @@ def _written(key: str, attempts: Attempts) -> bytes:
     tensors = (
         {"outputs": np.ascontiguousarray(outputs)} if pictures else {"none": np.zeros(0, np.uint8)}
     )
-    return save(tensors, metadata={KEY: json.dumps(header, default=_plain)})
+    return save(tensors, metadata={KEY: json.dumps(header, default=plain)})
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Numbers and arrays of numpy and torch, sets and tuples, as JSON has them."""
     if hasattr(value, "tolist"):
         return value.tolist()

@@ -9,12 +9,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attacks_alone import AttackRun, run_attacks
     from .auditing import audit
     from .record import Evidence
 
-__all__ = ["Evidence", "audit"]
+__all__ = ["AttackRun", "Evidence", "audit", "run_attacks"]
 
-_PLACES = {"audit": "auditing", "Evidence": "record"}
+_PLACES = {
+    "AttackRun": "attacks_alone", "Evidence": "record", "audit": "auditing", "run_attacks": "attacks_alone",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

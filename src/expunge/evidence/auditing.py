@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..edit import Edit
     from ..models.base import Model
 
-__all__ = ["audit"]
+__all__ = ["audit", "chosen_concepts", "chosen_judge", "now"]
 
 SIZES = ("n", "kept_n", "attack_n", "seeds", "batch")
 
@@ -98,9 +98,9 @@ def audit(
     from ..edit import Edit
 
     edits = (edits,) if isinstance(edits, Edit) else tuple(edits)
-    concepts = _concepts(concept, edits, model, original)
+    concepts = chosen_concepts(concept, edits, model, original)
     companions = model.companions or (original.companions if original is not None else None)
-    judge = _judge(judge, companions, model)
+    judge = chosen_judge(judge, companions, model)
     _whole_numbers(n, kept_n, attack_n, seeds, batch)
     allowance = named_budget(budget)
     run = Triad(
@@ -112,7 +112,8 @@ def audit(
     return _evidence(run, concepts, asked, prompts, kept, command)
 
 
-def _judge(judge: Judge | str | None, companions: Any, model: Model) -> Judge:
+def chosen_judge(judge: Judge | str | None, companions: Any, model: Model) -> Judge:
+    """The judge that was given or named, else the world's own."""
     if isinstance(judge, str):
         from ..measure.judges import open_judge
 
@@ -158,7 +159,7 @@ def _evidence(
         "own_prompts": prompts is not None, "own_kept": kept is not None,
     }  # fmt: skip
     evidence = Evidence(
-        expunge_version=__version__, created=_now(), command=command, model=run.model.name, family=run.model.family,
+        expunge_version=__version__, created=now(), command=command, model=run.model.name, family=run.model.family,
         judge=run.judge.protocol, settings=chosen, libraries=_libraries(), machine=_machine(run.model),
         cost=_total(found), found=_found(found), seconds=time.perf_counter() - start, concepts=found,
     )  # fmt: skip
@@ -188,9 +189,10 @@ def _found(concepts: Mapping[str, ConceptFields]) -> dict[str, int]:
     return dict(found)
 
 
-def _concepts(
+def chosen_concepts(
     concept: Any, edits: Sequence[Edit], model: Model, original: Model | None
 ) -> tuple[Concept, ...]:
+    """The concepts that were given, by name as the world knows them, else those that the edits name."""
     companions = model.companions or (original.companions if original is not None else None)
     if concept is None:
         on = [*model.edits, *edits]
@@ -223,7 +225,8 @@ def _clip(clip: Any, companions: Any) -> Any:
         return None
 
 
-def _now() -> str:
+def now() -> str:
+    """The time in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
