@@ -199,6 +199,23 @@ def test_the_installed_detector_is_asked_once_and_named_with_its_version(
     assert status == 1 and "expunge[nsfw]" in err
 
 
+def test_prompts_are_the_units_of_a_kernel_distances_interval(folders, tmp_path, capsys):
+    out, twice = tmp_path / "out.jsonl", tmp_path / "twice.txt"
+    twice.write_text("a heart\n" * 3 + "a red heart\n" * 3)
+    asked = (
+        folders / "heart", "-M", "kid", "--reference", folders / "moon", "--features", "world-oracle", "-o", out,
+    )  # fmt: skip
+    assert run(capsys, *asked)[0] == 0
+    (plain,) = (record.measurement for record in records(out))
+    status, shown, _ = run(capsys, *asked, "--prompts", twice)
+    (by_prompt,) = (record.measurement for record in records(out))
+    assert status == 0 and " to " in shown
+    assert (plain.n, by_prompt.n) == (6, 2) and plain.value == by_prompt.value
+    for one in (plain, by_prompt):
+        assert one.interval[0] < one.value < one.interval[1]
+    assert plain.interval != by_prompt.interval
+
+
 def test_the_papers_libraries_are_called_where_they_are(folders, tmp_path, capsys, monkeypatch):
     library = ModuleType("cleanfid.fid")
     library.compute_fid = lambda one, two, **options: 12.5

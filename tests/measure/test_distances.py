@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from expunge.core import discrepancy
 from expunge.core.features import (
     FeatureCache,
     Features,
@@ -17,7 +18,6 @@ from expunge.core.features import (
     vision_features,
 )
 from expunge.errors import InputError, ProtocolError, SettingError
-from expunge.measure import distances
 from expunge.measure.distances import (
     KINDS,
     Distance,
@@ -29,6 +29,7 @@ from expunge.measure.distances import (
     kernel_distance,
     subset_kernel_distance,
 )
+from expunge.method import Prompt
 
 
 def draw(n: int, d: int = 6, shift: float = 0.0, seed: int = 0) -> np.ndarray:
@@ -138,10 +139,27 @@ def test_the_unbiased_cmmd_is_zero_on_average_and_the_published_one_is_not() -> 
 def test_kernels_are_summed_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = draw(23), draw(17, shift=0.3, seed=1)
     whole = [kernel_distance(x, y, "f").value, clip_distance(x, y, "f").value]
-    monkeypatch.setattr(distances, "BLOCK", 5)
+    monkeypatch.setattr(discrepancy, "BLOCK", 5)
     assert [kernel_distance(x, y, "f").value, clip_distance(x, y, "f").value] == pytest.approx(
         whole
     )
+
+
+def test_kernel_distances_carry_the_interval_of_their_discrepancy() -> None:
+    x, y = draw(12), draw(10, shift=1, seed=1)
+    prompts = [f"prompt {i // 2}" for i in range(12)]
+    kernel = lambda a, b: (a @ b.T / 6 + 1) ** 3  # noqa: E731
+    own = discrepancy.squared_discrepancy(x, y, kernel)
+    found, by_prompt = kernel_distance(x, y, "f"), kernel_distance(x, y, "f", prompts)
+    assert found.interval == pytest.approx(own.interval()) and found.n == 10
+    assert by_prompt.interval == pytest.approx(own.interval(prompts)) and by_prompt.n == 6
+    assert by_prompt.value == found.value and by_prompt.protocol == found.protocol
+    for unbiased in (True, False):
+        made = clip_distance(x, y, "f", unbiased=unbiased)
+        wide = clip_distance(x, y, "f", unbiased=unbiased, prompts=prompts, scale=1.0)
+        assert sum(made.interval) / 2 == pytest.approx(made.value)
+        assert sum(wide.interval) / 2 == pytest.approx(made.value / 1_000) and wide.n == 6
+    assert clip_distance(x, y, "f", prompts=["one"] * 12).interval is None
 
 
 # -- streaming and features ------------------------------------------------------------------------
@@ -164,6 +182,33 @@ def test_streamed_and_merged_distances_equal_those_of_everything_at_once(kind: s
     assert merged.protocol == whole.compute().protocol == whole.protocol
     assert "corner means" in merged.protocol and merged.n == 40
     assert left.compute().value != pytest.approx(merged.value)
+
+
+@pytest.mark.parametrize("kind", ["kid", "cmmd", "cmmd-unbiased"])
+def test_prompts_are_the_units_also_of_streamed_distances(kind: str) -> None:
+    texts = [f"prompt {i // 4}" for i in range(40)]
+    asked = [Prompt(text, seed=i) for i, text in enumerate(texts)]
+    plain = Distance(kind, MEANS, OTHERS)
+    plain.update(PICTURES)
+    reference = Distance(kind, MEANS, OTHERS[:0])
+    reference.update(OTHERS, texts)
+    parts = Distance(kind, MEANS, reference, batch=7), Distance(kind, MEANS, reference)
+    parts[0].update(PICTURES[:11], asked[:11])
+    parts[0].update(PICTURES[11:30], asked[11:30])
+    parts[1].update(PICTURES[30:], asked[30:])
+    found = parts[0].merge(parts[1]).compute()
+    function = kernel_distance if kind == "kid" else clip_distance
+    more = {} if kind == "kid" else {"unbiased": kind == "cmmd-unbiased"}
+    wanted = function(
+        MEANS(PICTURES), MEANS(OTHERS), MEANS.name, prompts=texts, reference_prompts=texts, **more
+    )
+    assert found.value == pytest.approx(wanted.value) and found.n == wanted.n == 10
+    assert found.interval == pytest.approx(wanted.interval, rel=1e-6)
+    assert plain.compute().n == 40 and plain.compute().interval != pytest.approx(found.interval)
+    with pytest.raises(InputError, match="all or with none"):
+        parts[0].update(PICTURES[:2])
+    with pytest.raises(InputError, match="2 pictures came with 1 prompts"):
+        parts[0].update(PICTURES[:2], asked[:1])
 
 
 def test_metrics_of_other_kinds_or_features_do_not_merge() -> None:

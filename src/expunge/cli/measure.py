@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,7 @@ from . import common
 if TYPE_CHECKING:
     from ..core.features import Features
     from ..core.picture_folder import PictureFolder
-    from ..method import Measurement
+    from ..method import Measurement, Prompt
 
 __all__ = ["METRICS", "measure"]
 
@@ -170,20 +170,27 @@ class _Work:
         features = self._features("clip" if name.startswith("cmmd") else "features")
         reference = self._taken(name, features, self.reference)
         seen = Distance(name, features, reference)
-        for _, batch in self.pictures.batches():
-            seen.update(batch)
+        for names, batch in self.pictures.batches():
+            seen.update(batch, self._asked(self.pictures, names))
         return seen.compute()
 
-    @staticmethod
-    def _taken(name: str, features: Features, folder: PictureFolder) -> Any:
+    def _asked(self, folder: PictureFolder, names: Sequence[str]) -> list[Prompt]:
+        """Prompts of some pictures, where they are known: those of the reference if it has the pictures' names."""
+        from ..core.picture_folder import prompts_of
+
+        if self.prompts is None or folder.names != self.pictures.names:
+            return []
+        return list(prompts_of(names, self.prompts))
+
+    def _taken(self, name: str, features: Features, folder: PictureFolder) -> Any:
         """Another metric that has taken in the reference, whose pictures may differ in size."""
         import numpy as np
 
         from ..measure.distances import Distance
 
         made = Distance(name, features, np.zeros((0, 1, 1, 3), np.uint8))
-        for _, batch in folder.batches():
-            made.update(batch)
+        for names, batch in folder.batches():
+            made.update(batch, self._asked(folder, names))
         return made
 
     def _clip_score(self, name: str) -> Measurement:

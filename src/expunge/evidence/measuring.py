@@ -147,15 +147,16 @@ def distances_of(
     kept, reference = _pooled(list(seen.kept().items())), _pooled(list(original.kept().items()))
     mine, theirs = kept.matrix(), reference.matrix()
     if mine is not None and theirs is not None and len(mine) >= 2:
-        units = len(set(_units(seen.kept())))
+        asked = _units(seen.kept()), _units(original.kept())
+        units = len(set(asked[0]))
         frechet = distances.frechet_of(mine, theirs, judge.id)
-        kernel = distances.kernel_distance(mine, theirs, judge.id)
+        kernel = distances.kernel_distance(mine, theirs, judge.id, *asked)
         assert frechet.value is not None and kernel.value is not None
         record.frechet_to_original = notes.number(
             f"{arm}.{fields[0]}", (frechet.value, None, units), frechet.protocol
         )
         record.kid_to_original = notes.number(
-            f"{arm}.{fields[1]}", (kernel.value, None, units), kernel.protocol
+            f"{arm}.{fields[1]}", (kernel.value, kernel.interval, units), kernel.protocol
         )
         pairs = perceptual.perceptual_distance(mine, theirs)
         record.perceptual_distance = notes.number(
@@ -180,11 +181,16 @@ def distances_of(
     one, two = kept.embedded(), reference.embedded()
     if one is None or two is None or len(one) < 2:
         return _nulls(notes, arm, fields[4:], f"{NO_CLIP}, or nothing is kept")
-    found = distances.clip_distance(one, two, getattr(clip, "name", "clip"))
+    asked = _units(seen.kept()), _units(original.kept())
+    found = distances.clip_distance(
+        one, two, getattr(clip, "name", "clip"), prompts=asked[0], reference_prompts=asked[1]
+    )
     assert found.value is not None
-    units = len(set(_units(seen.kept())))
+    units = len(set(asked[0]))
     path = f"{arm}.cmmd_to_original"
-    record.cmmd_to_original = notes.number(path, (found.value, None, units), found.protocol)
+    record.cmmd_to_original = notes.number(
+        path, (found.value, found.interval, units), found.protocol
+    )
 
 
 def differences(

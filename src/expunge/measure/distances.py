@@ -12,15 +12,20 @@ features are not comparable with it.  The protocol id names the features.
 Frechet distances of small samples are biased upward, so their sample sizes are part of the id: only equal ones
 are compared.  The unbiased kernel distances have no such bias.  Moments and rows are streamed and merge; kernels
 are summed block by block, so that no matrix of all pairs is held.
+
+Kernel distances over all pairs have an asymptotic interval (:mod:`expunge.core.discrepancy`), over prompts where these
+are known.  It is one of the value where the distributions differ; where they are equal it degenerates and is not to be
+read as a test.  On few vectors it is too narrow for KID's kernel, whose third powers have long tails.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 
+from ..core.discrepancy import squared_discrepancy
 from ..core.features import Features
 from ..core.protocols import full_id
 from ..errors import InputError, SettingError, nearest
@@ -39,9 +44,6 @@ __all__ = [
 ]
 
 KINDS = ("frechet", "kid", "kid-subsets", "cmmd", "cmmd-unbiased")
-
-BLOCK = 2_048
-"""Rows of a kernel matrix that are held at a time."""
 
 
 @dataclasses.dataclass
@@ -132,31 +134,43 @@ class Rows:
 
     Attributes:
         parts: Batches ``(n, d)`` in the order they came, in the precision they came in.
+        prompts: What each vector answers, or empty where that is not known.
     """
 
     parts: list[np.ndarray] = dataclasses.field(default_factory=list)
+    prompts: list[Hashable] = dataclasses.field(default_factory=list)
 
     @property
     def n(self) -> int:
         """Vectors taken in."""
         return sum(len(part) for part in self.parts)
 
-    def update(self, features: np.ndarray) -> Rows:
-        """Take in ``(n, d)`` vectors."""
+    def update(self, features: np.ndarray, prompts: Sequence[Hashable] = ()) -> Rows:
+        """Take in ``(n, d)`` vectors, with the prompt of each or of none of them."""
         rows = np.asarray(features)
         _matrix(rows)
         if self.parts and rows.shape[1] != self.parts[0].shape[1]:
             raise InputError(
                 f"features have width {rows.shape[1]}; {self.parts[0].shape[1]} is expected"
             )
-        if len(rows):
-            self.parts.append(rows)
+        if not len(rows):
+            return self
+        if len(prompts) not in (0, len(rows)):
+            raise InputError(f"{len(rows)} vectors came with {len(prompts)} prompts")
+        if self.parts and bool(self.prompts) != bool(len(prompts)):
+            raise InputError(
+                "prompts came with some of the vectors; allowed is with all or with none"
+            )
+        self.parts.append(rows)
+        self.prompts.extend(prompts)
         return self
 
     def merge(self, other: Rows) -> Rows:
         """Take in everything another record has taken in."""
+        start = 0
         for part in other.parts:
-            self.update(part)
+            self.update(part, other.prompts[start : start + len(part)])
+            start += len(part)
         return self
 
     def matrix(self) -> np.ndarray:
@@ -166,14 +180,28 @@ class Rows:
         return np.concatenate(self.parts).astype(np.float64)
 
 
-def kernel_distance(one: np.ndarray, two: np.ndarray, features: str) -> Measurement:
+def kernel_distance(
+    one: np.ndarray,
+    two: np.ndarray,
+    features: str,
+    prompts: Sequence[Hashable] = (),
+    reference_prompts: Sequence[Hashable] = (),
+) -> Measurement:
     """Unbiased kernel distance of ``(n, d)`` and ``(m, d)`` vectors over all pairs, kernel ``(x.y / d + 1)^3``.
 
     It may be slightly negative for equal distributions: that is what unbiased means.
+
+    Args:
+        one, two: Vectors of the outputs and of the reference.
+        features: Names them.
+        prompts, reference_prompts: What each of them answers, where that is known; outputs of one prompt count
+            together in the interval, on both sides.
     """
     x, y = _pair(one, two, "the kernel distance")
     id = full_id("kid/cubic-polynomial-unbiased", features=features)
-    return Measurement(_squared_mmd(x, y, _cubic), id, min(len(x), len(y)))
+    found = squared_discrepancy(x, y, _cubic)
+    n = min(_units(x, prompts), _units(y, reference_prompts))
+    return Measurement(found.value, id, n, found.interval(prompts, reference_prompts))
 
 
 def subset_kernel_distance(
@@ -206,7 +234,7 @@ def subset_kernel_distance(
     found = []
     for _ in range(subsets):
         a, b = (rows[generator.choice(len(rows), drawn, replace=False)] for rows in (x, y))
-        found.append(_squared_mmd(a, b, _cubic))
+        found.append(squared_discrepancy(a, b, _cubic).value)
     value, half = float(np.mean(found)), 1.96 * float(np.std(found, ddof=1)) / subsets**0.5
     id = full_id("kid/cubic-polynomial-subsets", features=features, subsets=subsets, size=drawn)
     return Measurement(value, id, min(len(x), len(y)), (value - half, value + half))
@@ -219,6 +247,8 @@ def clip_distance(
     sigma: float = 10.0,
     scale: float = 1_000.0,
     unbiased: bool = False,
+    prompts: Sequence[Hashable] = (),
+    reference_prompts: Sequence[Hashable] = (),
 ) -> Measurement:
     """CMMD of picture embeddings ``(n, d)`` and ``(m, d)``, which are first scaled to unit length.
 
@@ -228,6 +258,9 @@ def clip_distance(
         sigma: Width of the Gaussian kernel.
         scale: What the squared discrepancy is multiplied by.
         unbiased: Leave the diagonals out; the authors keep them.
+        prompts, reference_prompts: As of :func:`kernel_distance`.
+
+    The interval is around the value; that of the authors' form does not know its bias.
     """
     if not sigma > 0 or not scale > 0:
         raise InputError(f"sigma is {sigma} and scale {scale}; allowed are positive numbers")
@@ -240,14 +273,16 @@ def clip_distance(
         squares = (a * a).sum(1)[:, None] + (b * b).sum(1)[None, :] - 2 * a @ b.T
         return np.exp(-np.clip(squares, 0, None) / (2 * sigma**2))
 
-    value = scale * _squared_mmd(x, y, gaussian, diagonal=not unbiased)
+    found = squared_discrepancy(x, y, gaussian, diagonal=not unbiased)
     changed = {"sigma": f"{sigma:g}"} if sigma != 10 else {}
     changed |= {"scale": f"{scale:g}"} if scale != 1_000 else {}
     id = full_id(f"cmmd/gaussian-{'un' * unbiased}biased", features=features, **changed)
     if not unbiased:
         # With the diagonal the value depends on how many there are, as the Frechet distance does.
         id += f"/n={len(x)}" if len(x) == len(y) else f"/n={len(x)},{len(y)}"
-    return Measurement(value, id, min(len(x), len(y)))
+    n = min(_units(x, prompts), _units(y, reference_prompts))
+    interval = found.interval(prompts, reference_prompts, scale)
+    return Measurement(scale * found.value, id, n, interval)
 
 
 class Distance(Metric):
@@ -256,7 +291,8 @@ class Distance(Metric):
     Args:
         kind: One of :data:`KINDS`.
         features: Named features.
-        reference: uint8 pictures ``(n, h, w, 3)``, or what another metric of the same kind and features took in.
+        reference: uint8 pictures ``(n, h, w, 3)``, or what another metric of the same kind and features took in,
+            with its prompts if it was told them.
         batch: Pictures at a time.
 
     Raises:
@@ -289,13 +325,20 @@ class Distance(Metric):
     def _empty(self) -> Moments | Rows:
         return Moments() if self.kind == "frechet" else Rows()
 
-    def _take(self, into: Moments | Rows, outputs: Outputs) -> None:
+    def _take(self, into: Moments | Rows, outputs: Outputs, texts: Sequence[str] = ()) -> None:
+        if len(texts) not in (0, len(outputs)):
+            raise InputError(f"{len(outputs)} pictures came with {len(texts)} prompts")
         for start in range(0, len(outputs), self.batch):
-            into.update(self.features(outputs[start : start + self.batch]))
+            part = slice(start, start + self.batch)
+            rows = self.features(outputs[part])
+            if isinstance(into, Rows):
+                into.update(rows, texts[part])
+            else:
+                into.update(rows)
 
-    def update(self, outputs: Outputs, prompts: Sequence[Prompt] = ()) -> None:
-        """Take in a batch of pictures; prompts are not read."""
-        self._take(self.seen, outputs)
+    def update(self, outputs: Outputs, prompts: Sequence[Prompt | str] = ()) -> None:
+        """Take in a batch of pictures; the texts of their prompts are the units of a kernel distance's interval."""
+        self._take(self.seen, outputs, [p if isinstance(p, str) else p.text for p in prompts])
 
     def merge(self, other: Distance) -> Distance:
         """Take in everything a metric of the same kind and features has taken in."""
@@ -312,39 +355,24 @@ class Distance(Metric):
             return frechet_of(self.seen, self.reference, name)
         assert isinstance(self.seen, Rows) and isinstance(self.reference, Rows)
         one, two = self.seen.matrix(), self.reference.matrix()
+        units = self.seen.prompts, self.reference.prompts
         if self.kind == "kid":
-            return kernel_distance(one, two, name)
+            return kernel_distance(one, two, name, *units)
         if self.kind == "kid-subsets":
             return subset_kernel_distance(one, two, name)
-        return clip_distance(one, two, name, unbiased=self.kind == "cmmd-unbiased")
-
-
-Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
+        unbiased = self.kind == "cmmd-unbiased"
+        return clip_distance(
+            one, two, name, unbiased=unbiased, prompts=units[0], reference_prompts=units[1]
+        )
 
 
 def _cubic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.asarray((a @ b.T / a.shape[1] + 1) ** 3)
 
 
-def _squared_mmd(x: np.ndarray, y: np.ndarray, kernel: Kernel, diagonal: bool = False) -> float:
-    """Squared maximum mean discrepancy; without the diagonals it is unbiased."""
-    value = 0.0
-    for rows in (x, y):
-        n = len(rows)
-        total, own = _sums(rows, rows, kernel)
-        value += total / n**2 if diagonal else (total - own) / (n * (n - 1))
-    return float(value - 2 * _sums(x, y, kernel)[0] / (len(x) * len(y)))
-
-
-def _sums(a: np.ndarray, b: np.ndarray, kernel: Kernel) -> tuple[float, float]:
-    """Sums of the kernel over all pairs and over its diagonal, block by block."""
-    total = own = 0.0
-    for i in range(0, len(a), BLOCK):
-        for j in range(0, len(b), BLOCK):
-            block = kernel(a[i : i + BLOCK], b[j : j + BLOCK])
-            total += float(block.sum())
-            own += float(np.trace(block)) if i == j else 0.0
-    return total, own
+def _units(rows: np.ndarray, prompts: Sequence[Hashable]) -> int:
+    """How many independent units there are: prompts where they are known, else rows."""
+    return len(set(prompts)) if len(prompts) else len(rows)
 
 
 def _pair(one: np.ndarray, two: np.ndarray, what: str) -> tuple[np.ndarray, np.ndarray]:
