@@ -250,6 +250,8 @@ def test_the_papers_libraries_are_called_where_they_are(folders, tmp_path, capsy
     ("arguments", "words"),
     [
         (("-M", "fred"), "kid"),
+        (("-M", "fid/coco-10k", "--reference", "moon"), "no code of ours gives 'fid/coco-10k'"),
+        (("-M", "fid/clean-fid", "--reference", "moon"), "'fid/clean-fid' is unknown"),
         (("-M", "frechet"), "needs --reference"),
         (("-M", "kid", "--reference", "moon"), "needs --features"),
         (("-M", "cmmd", "--reference", "moon"), "needs --clip"),

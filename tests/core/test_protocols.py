@@ -36,6 +36,17 @@ def test_a_full_id_leads_back_to_its_facts() -> None:
         full_id("kid/clean-fidd")
 
 
+@pytest.mark.parametrize("id", ["fid/coco-10k", "fid/unlearncanvas"])
+def test_numbers_that_no_code_of_ours_gives_are_kept_and_never_made(id: str) -> None:
+    row = protocol(id)
+    assert row.elsewhere and f"No code of ours gives it, but {row.elsewhere}." in markdown([row])
+    with pytest.raises(InputError, match=f"no code of ours gives '{id}'"):
+        full_id(id, n=9_969)
+    published = Record("FID", Measurement(16.7, f"{id}/n=9969", 9_969))
+    assert Record.from_json(published.to_json()) == published
+    assert [one.id for one in protocols() if one.elsewhere] == ["fid/coco-10k", "fid/unlearncanvas"]
+
+
 def test_every_row_says_what_it_is() -> None:
     rows = protocols()
     assert len({row.id for row in rows}) == len(rows) > 45

@@ -135,6 +135,10 @@ class _Work:
             if self.named["detector"] != INSTALLED:
                 self._needs(name, detections=self.detections)
         elif name not in METRICS:
+            from ..core.protocols import full_id, protocols
+
+            if name in {one.id for one in protocols()}:
+                full_id(name)  # says so where no code of ours gives it
             raise SettingError(f"metric {name!r} is unknown{nearest(name, METRICS)}")
         elif name in CLIP:
             self._needs(name, clip=self.named["clip"], prompts=self.prompts)

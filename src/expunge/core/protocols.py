@@ -50,6 +50,7 @@ class Protocol:
         denominator: What a count is divided by; ``None`` for plain counts.
         printed: Who prints numbers of this kind.
         note: The trap.
+        elsewhere: Whose code gives such numbers, where none of ours does: they can be kept and compared, not made.
     """
 
     id: str
@@ -65,6 +66,7 @@ class Protocol:
     denominator: str | None = None
     printed: tuple[str, ...] = ()
     note: str = ""
+    elsewhere: str = ""
 
     def passes(self, score: float, threshold: float | None = None) -> bool:
         """Whether a score counts, after the tool's own minimum; ``threshold`` stands in for the protocol's."""
@@ -117,10 +119,15 @@ def full_id(id: str, **varying: Any) -> str:
     """A registered id with what still varies, in the order given; ``None`` is left out.
 
     Raises:
-        InputError: Nobody registered the id.
+        InputError: Nobody registered the id, or no code of ours gives such numbers.
     """
     if id not in _registry():
         raise InputError(f"no protocol has the id {id!r}{nearest(id, _registry())}")
+    if _registry()[id].elsewhere:
+        raise InputError(
+            f"no code of ours gives {id!r}: such numbers come from {_registry()[id].elsewhere}, and others are not "
+            "comparable with them"
+        )
     return "/".join([id, *(f"{k}={v}" for k, v in varying.items() if v is not None)])
 
 
@@ -273,11 +280,15 @@ def markdown(rows: Sequence[Protocol] | None = None) -> str:
             what += f"; {one.preprocessing}" if one.preprocessing else ""
             cells = (
                 f"`{one.id}`", what, _threshold(one), one.denominator or "a count" if _counts(one) else "",
-                one.better or "depends", ", ".join(one.printed), one.note,
+                one.better or "depends", ", ".join(one.printed), " ".join(filter(None, (one.note, _missing(one)))),
             )  # fmt: skip
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def _missing(one: Protocol) -> str:
+    return f"No code of ours gives it, but {one.elsewhere}." if one.elsewhere else ""
 
 
 def _counts(one: Protocol) -> bool:
