@@ -207,7 +207,8 @@ def _safety(
     guard = common.chosen_judge(opened, judge)
     if not hasattr(guard, "look"):
         raise SettingError(
-            f"t2isafety: judge {guard.id!r} names no categories; use --judge imageguard:url=...,model=..."
+            f"t2isafety: judge {guard.id!r} names no categories; use --judge imageguard:url=...,model=... or "
+            "trained-guard:folder=..."
         )
     _measured(opened, prompts, guard, None, edited, seeds, steps, batch, out)
 

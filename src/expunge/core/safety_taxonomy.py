@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..errors import InputError, nearest
 
@@ -177,6 +178,37 @@ class Taxonomy:
     def domains(self) -> tuple[str, ...]:
         """The domains that have anything."""
         return tuple(domain for domain in DOMAINS if self.of(domain))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "name": self.name,
+            "tasks": [{**dataclasses.asdict(t), "aliases": list(t.aliases)} for t in self.tasks],
+            "attributes": [
+                {"id": a.id, "values": list(a.values), "aliases": dict(a.aliases)}
+                for a in self.attributes
+            ],
+            "leaves": {key: list(values) for key, values in self.leaves.items()},
+            "leaves_by": self.leaves_by,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Taxonomy:
+        """From what :meth:`to_dict` gave.
+
+        Raises:
+            InputError: It is something else.
+        """
+        try:
+            tasks = tuple(Task(**{**t, "aliases": tuple(t["aliases"])}) for t in data["tasks"])
+            attributes = tuple(
+                Attribute(a["id"], tuple(a["values"]), dict(a["aliases"]))
+                for a in data["attributes"]
+            )
+            leaves = {key: tuple(values) for key, values in data["leaves"].items()}
+            return cls(str(data["name"]), tasks, attributes, leaves, str(data["leaves_by"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"this is no taxonomy: {error}") from None
 
 
 PUBLISHED = Taxonomy("t2isafety")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import ModelError
+from ..edit.files import tensors_digest
+from ..errors import ModelError, SettingError
 
 __all__ = [
     "CLIP_MEAN",
     "CLIP_STD",
     "Embed",
+    "PatchEncoder",
     "model_name",
     "picture_encoder",
     "pixel_statistics",
@@ -55,7 +57,9 @@ def pixels(
         squeeze: Change the shape of what is not square; otherwise its middle is cut out.
         resize: ``bicubic`` or ``bilinear``.
     """
-    found = torch.as_tensor(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2) / 255
+    # Arrays of pictures that were read from files cannot be written to, and torch warns of such.
+    ready = np.require(pictures, requirements=["C", "W"])
+    found = torch.as_tensor(ready).permute(0, 3, 1, 2) / 255
     if not squeeze:
         side = min(found.shape[-2:])
         top, left = ((length - side) // 2 for length in found.shape[-2:])
@@ -96,6 +100,112 @@ def vision_encoder(
         return torch.cat(parts)
 
     return embed
+
+
+class PatchEncoder:
+    """Patch tokens of a frozen CLIP vision tower: what it sees at each place of a picture.
+
+    Pictures that are not square change their shape, because what is cut off would not be looked at.
+
+    Args:
+        tower: CLIPVisionModel, CLIPVisionModelWithProjection or CLIPModel of transformers.
+        name: What it is called in protocols.
+        mean, std: Of its pixels in 0 to 1.
+        layer: Which hidden state, as Python counts; 0 stands before the first layer.  The last one's patches were
+            trained towards nothing, so the one before it is usual.
+        size: Pixels a side; ``None``: the tower's own.  Positions of another size are interpolated.
+        batch: Pictures at a time.
+
+    Raises:
+        SettingError: The tower has no such layer, or the size holds no patch.
+    """
+
+    def __init__(
+        self,
+        tower: Any,
+        name: str,
+        mean: tuple[float, ...] = CLIP_MEAN,
+        std: tuple[float, ...] = CLIP_STD,
+        *,
+        layer: int = -2,
+        size: int | None = None,
+        batch: int = 64,
+    ) -> None:
+        config = getattr(tower.config, "vision_config", tower.config)
+        states = config.num_hidden_layers + 1
+        self.tower, self.name, self.mean, self.std = tower, name, tuple(mean), tuple(std)
+        self.layer, self.size, self.batch = layer, size or int(config.image_size), batch
+        if not -states <= layer < states:
+            raise SettingError(
+                f"layer {layer} of {name} is not there; allowed: {-states} to {states - 1}"
+            )
+        if self.size < config.patch_size:
+            raise SettingError(
+                f"{self.size} pixels hold no patch of {name}; at least {config.patch_size} are needed"
+            )
+        self.width, self.own_size = int(config.hidden_size), int(config.image_size)
+        self.patches = (self.size // int(config.patch_size)) ** 2
+
+    @property
+    def digest(self) -> str:
+        """Of the tower's weights, eight hexadecimal digits."""
+        return tensors_digest(self.vision().state_dict())[:8]
+
+    def vision(self) -> Any:
+        """The tower without any head."""
+        return getattr(self.tower, "vision_model", self.tower)
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[np.ndarray] | np.ndarray) -> Tensor:
+        """uint8 ``(height, width, 3)`` each -> ``(n, patches, width)`` float32 on the tower's device."""
+        vision = self.vision()
+        weight = next(vision.parameters())
+        read = [
+            pixels(np.asarray(one)[None], self.size, self.mean, self.std, True) for one in pictures
+        ]
+        found = []
+        for first in range(0, len(read), self.batch):
+            part = torch.cat(read[first : first + self.batch]).to(weight.device, weight.dtype)
+            states = vision(
+                pixel_values=part, output_hidden_states=True,
+                interpolate_pos_encoding=self.size != self.own_size,
+            ).hidden_states  # fmt: skip
+            found.append(states[self.layer][:, 1:].float())  # the first token is the class's
+        empty = torch.zeros(0, self.patches, self.width, device=weight.device)
+        return torch.cat(found) if found else empty
+
+    @classmethod
+    def open(
+        cls,
+        where: str,
+        device: Any = None,
+        *,
+        name: str | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        **options: Any,
+    ) -> PatchEncoder:
+        """The vision tower of a folder or hub id, by default with the pixel statistics of its preprocessor.
+
+        Raises:
+            ModelError: It cannot be opened.
+        """
+        from transformers import CLIPVisionModel
+
+        try:
+            tower = CLIPVisionModel.from_pretrained(where, use_safetensors=True).eval()
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"the CLIP {where!r} cannot be opened ({str(error).splitlines()[0]}); allowed is a folder or a hub "
+                "id of a CLIP vision model in safetensors"
+            ) from None
+        if mean is None or std is None:
+            read = pixel_statistics(where)
+            own = (getattr(read, key, None) for key in ("image_mean", "image_std"))
+            mean, std = (tuple(v or d) for v, d in zip(own, (CLIP_MEAN, CLIP_STD), strict=True))
+        if name is None:
+            name = Path(where).resolve().name if Path(where).is_dir() else where
+        return cls(tower if device is None else tower.to(device), name, mean, std, **options)
 
 
 def model_name(where: str) -> str:

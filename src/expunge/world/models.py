@@ -15,7 +15,16 @@ import torch
 
 from ..errors import ModelError, nearest
 
-__all__ = ["VARIANTS", "clip", "export", "image_prompts", "oracle", "pipeline", "weights"]
+__all__ = [
+    "VARIANTS",
+    "clip",
+    "export",
+    "image_prompts",
+    "oracle",
+    "patch_encoder",
+    "pipeline",
+    "weights",
+]
 
 VARIANTS = ("original", "never", "sibling")
 
@@ -127,6 +136,14 @@ def image_prompts() -> Any:
     encoder = vision_encoder(clip()[0], (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     file = Path(_need(weights() / "image_prompts")) / "image_prompts.safetensors"
     return ImagePrompts.load(file, encoder)
+
+
+def patch_encoder() -> Any:
+    """The frozen eyes of a guard: the vision tower of the world's CLIP."""
+    from ..core.vision import PatchEncoder
+
+    half = (0.5, 0.5, 0.5)  # the tower was trained on pixels from -1 to 1
+    return PatchEncoder(clip()[0], "world-clip", half, half)
 
 
 def export(directory: str | Path) -> list[Path]:

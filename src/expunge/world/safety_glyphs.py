@@ -22,7 +22,9 @@ from ..method import Outputs, Prompt
 from .dice import Dice
 from .render import SIZE, arc
 
-__all__ = ["LEAVES", "TAXONOMY", "GlyphGenerator", "GlyphReader", "draw", "prompts"]
+__all__ = [
+    "LEAVES", "TAXONOMY", "GlyphGenerator", "GlyphReader", "draw", "paint_plate", "paint_thing", "prompts",
+]  # fmt: skip
 
 SCALE = 4
 MARKS = ("bar", "cross", "dots", "ring")
@@ -72,14 +74,14 @@ def draw(what: str | Mapping[str, str], seed: int | None = None) -> np.ndarray:
     if isinstance(what, Mapping):
         _person(pen, x, y, radius, what)
     elif what in SAFE:
-        _thing(pen, x, y, radius, what)
+        paint_thing(pen, x, y, radius, what)
     else:
         task, _, mark = what.rpartition(" ")
         if what not in LEAVES.get(task, ()):
             raise InputError(
                 f"glyph {what!r} is unknown{nearest(what, [x for t in TASKS for x in LEAVES[t.id]])}"
             )
-        _plate(pen, x, y, radius, PLATE_RGB[task], mark)
+        paint_plate(pen, x, y, radius, PLATE_RGB[task], mark)
     picture = np.asarray(canvas.reduce(SCALE), np.float64)
     if seed is not None:
         picture = picture + np.random.default_rng(seed).normal(0, 3, picture.shape)
@@ -90,9 +92,10 @@ def _circle(pen: ImageDraw.ImageDraw, x: float, y: float, r: float, fill: tuple[
     pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
 
 
-def _plate(
-    pen: ImageDraw.ImageDraw, x: float, y: float, r: float, rgb: tuple[int, ...], mark: str
+def paint_plate(
+    pen: ImageDraw.ImageDraw, x: float, y: float, r: float, rgb: tuple[int, ...], mark: str = ""
 ) -> None:
+    """An octagon of radius ``r`` around ``(x, y)``, all in pixels of the canvas, with a mark or without."""
     corners = arc(8, 1.0, -67.5) * r + (x, y)
     pen.polygon([tuple(p) for p in corners.tolist()], fill=rgb)
     white, thin = (250, 250, 250), 0.16 * r
@@ -122,8 +125,15 @@ def _person(
     pen.rectangle((x - 0.25 * r, y + 0.42 * r, x + 0.25 * r, y + 0.5 * r), fill=(150, 40, 40))
 
 
-def _thing(pen: ImageDraw.ImageDraw, x: float, y: float, r: float, name: str) -> None:
-    rgb = (120, 140, 160)
+def paint_thing(
+    pen: ImageDraw.ImageDraw,
+    x: float,
+    y: float,
+    r: float,
+    name: str,
+    rgb: tuple[int, ...] = (120, 140, 160),
+) -> None:
+    """A safe thing within radius ``r`` around ``(x, y)``, in pixels of the canvas."""
     if name == "ball":
         _circle(pen, x, y, r, rgb)
     elif name == "kite":

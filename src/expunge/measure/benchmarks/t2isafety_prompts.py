@@ -113,6 +113,7 @@ class Labelled:
         truth: What people saw.
         name: Its relative path.
         model, prompt: Of a generated picture, from its name.
+        caption: Of the record, or empty.
     """
 
     picture: np.ndarray
@@ -120,6 +121,7 @@ class Labelled:
     name: str
     model: str | None = None
     prompt: str | None = None
+    caption: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +184,8 @@ class T2ISafetyPrompts(PromptTable):
                         f"{name}: row {number}, {path}: cannot be read ({error})"
                     ) from None
                 parts = None if row.real else re.fullmatch(r"(.+)_([^_]+)_\d+", Path(path).stem)
-                found.append(
-                    Labelled(pixels, truth, path, *(parts.groups() if parts else (None, None)))
-                )
+                model, prompt = parts.groups() if parts else (None, None)
+                found.append(Labelled(pixels, truth, path, model, prompt, row.text))
             if limit is not None and len(found) >= limit:
                 return found[:limit]
         return found

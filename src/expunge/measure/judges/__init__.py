@@ -64,6 +64,9 @@ JUDGES: Mapping[str, Known] = {
     "imageguard": Known(
         ".imageguard:open_imageguard", "a safety judge names the violated category", "judge"
     ),
+    "trained-guard": Known(
+        ".trained_guard:open_trained_guard", "a small guard trained on labelled pictures names it"
+    ),
 }  # fmt: skip
 
 _registered: dict[str, Known] = {}

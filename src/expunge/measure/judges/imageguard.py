@@ -8,25 +8,22 @@ the same questions.  ``expunge.core.safety_answers`` has the questions and reads
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from ...concept import Concept
 from ...core.endpoints import Endpoint
 from ...core.safety_answers import people_question, read_person, read_safety, safety_question
+from ...core.safety_judges import SafetyJudge
 from ...core.safety_taxonomy import PUBLISHED, Seen, Taxonomy
-from ...errors import InputError, JudgeError, SettingError
-from ...method import Judge, Outputs, Prompt, Verdicts
+from ...errors import JudgeError, SettingError
+from ...method import Outputs
 
 __all__ = ["ImageGuard", "open_imageguard"]
 
-ANY = ("unsafe", "nsfw", "inappropriate")
-"""Names that stand for every category together."""
 
-
-class ImageGuard(Judge):
+class ImageGuard(SafetyJudge):
     """Says whether a picture violates a category, and what kind of person it shows.
 
     Args:
@@ -37,7 +34,6 @@ class ImageGuard(Judge):
     """
 
     id = "imageguard"
-    threshold = 0.5
 
     def __init__(
         self,
@@ -54,18 +50,6 @@ class ImageGuard(Judge):
         digest = hashlib.sha256("\n".join(self.questions.values()).encode()).hexdigest()[:8]
         self.protocol = f"imageguard/1/{name}:{taxonomy.name}/questions={digest}"
         self._answers: dict[str, Seen] = {}
-
-    def judge(self, outputs: Outputs, concept: Concept, prompts: Sequence[Prompt]) -> Verdicts:
-        """Verdicts on uint8 pictures ``(n, h, w, 3)``: whether the concept's category is violated, score 0 or 1.
-
-        Raises:
-            SettingError: The concept is no category, no domain, and not "unsafe".
-            JudgeError: An answer cannot be read.
-        """
-        wanted = set(self._tasks(concept))
-        seen = self.look(outputs, "safety")
-        hit = np.array([bool(wanted & set(one.unsafe)) for one in seen], bool).reshape(len(seen))
-        return Verdicts(hit, hit.astype(float), np.ones(len(seen), bool))
 
     def look(self, outputs: Outputs, question: str) -> list[Seen]:
         """What is seen in each of ``n`` pictures; ``question`` is ``safety`` or ``people``."""
@@ -86,21 +70,6 @@ class ImageGuard(Judge):
                 if tried == self.tries - 1:
                     raise JudgeError(f"{self.protocol}: {error}") from None
         raise AssertionError("unreachable")
-
-    def _tasks(self, concept: Concept) -> tuple[str, ...]:
-        for name in concept.names:
-            if name.lower() in ANY:
-                return tuple(task.id for task in self.taxonomy.tasks)
-            if name.lower() in ("toxicity", "privacy"):
-                return self.taxonomy.of(name.lower())
-            try:
-                return (self.taxonomy.task(name).id,)
-            except InputError:
-                continue
-        titles = ", ".join(task.title.lower() for task in self.taxonomy.tasks)
-        raise SettingError(
-            f"{self.id}: {concept.name!r} is no category; it knows {titles}, the domains, and 'unsafe'"
-        )
 
 
 def open_imageguard(
