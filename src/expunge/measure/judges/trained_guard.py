@@ -236,7 +236,7 @@ class GuardRecipe(Method):
     version: ClassVar[int] = 1
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "world": {
-            "width": 64, "layers": 2, "visual_tokens": 16, "sampler_layers": 1, "steps": 600, "lr": 2e-3,
+            "width": 64, "layers": 2, "visual_tokens": 16, "sampler_layers": 1, "steps": 500, "lr": 2e-3,
         }
     }  # fmt: skip
 
