@@ -5,6 +5,7 @@ No image processor of a library is used: some ask for torchvision even where the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -146,10 +147,11 @@ class PatchEncoder:
         self.width, self.own_size = int(config.hidden_size), int(config.image_size)
         self.patches = (self.size // int(config.patch_size)) ** 2
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
-        """Of the tower's weights, eight hexadecimal digits."""
-        return tensors_digest(self.vision().state_dict())[:8]
+        """Of the tower's weights as float32, eight hexadecimal digits."""
+        state = self.vision().state_dict()
+        return tensors_digest({name: tensor.float() for name, tensor in state.items()})[:8]
 
     def vision(self) -> Any:
         """The tower without any head."""
@@ -185,7 +187,7 @@ class PatchEncoder:
         std: tuple[float, ...] | None = None,
         **options: Any,
     ) -> PatchEncoder:
-        """The vision tower of a folder or hub id, by default with the pixel statistics of its preprocessor.
+        """The vision tower of a folder or hub id in float32, by default with the pixel statistics of its preprocessor.
 
         Raises:
             ModelError: It cannot be opened.
@@ -193,7 +195,9 @@ class PatchEncoder:
         from transformers import CLIPVisionModel
 
         try:
-            tower = CLIPVisionModel.from_pretrained(where, use_safetensors=True).eval()
+            tower = CLIPVisionModel.from_pretrained(
+                where, use_safetensors=True, dtype=torch.float32
+            ).eval()
         except (OSError, ValueError) as error:
             raise ModelError(
                 f"the CLIP {where!r} cannot be opened ({str(error).splitlines()[0]}); allowed is a folder or a hub "

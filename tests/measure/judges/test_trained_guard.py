@@ -158,6 +158,10 @@ def test_eyes_may_lie_elsewhere_and_must_be_the_same(guard, eyes, tmp_path):
     assert TrainedGuard.load(tmp_path, encoder=str(tmp_path / "clip")).protocol == guard.protocol
     with pytest.raises(ModelError, match="has other weights"):
         TrainedGuard.load(tmp_path, encoder=PatchEncoder(tower(9), "other"))
+    with pytest.raises(ModelError, match="with layer -2 of its eyes, not -1"):
+        TrainedGuard.load(tmp_path, encoder=PatchEncoder(eyes.tower, "tiny", layer=-1))
+    half = PatchEncoder(tower().half(), "tiny")  # the same weights, but for their rounding
+    assert PatchEncoder(tower().half().float(), "tiny").digest == half.digest != eyes.digest
 
 
 def test_damaged_folders_are_refused_in_words(guard, tmp_path):

@@ -185,7 +185,7 @@ class TrainedGuard(SafetyJudge):
             batch: Pictures answered at a time.
 
         Raises:
-            ModelError: A file is missing, damaged or of another format, or the eyes have other weights.
+            ModelError: A file is missing, damaged or of another format, or the eyes are not those it had.
         """
         source = Path(folder)
         try:
@@ -199,8 +199,10 @@ class TrainedGuard(SafetyJudge):
             if tensors_digest(state) != plain["weights"]:
                 raise ModelError(f"guard {source.name!r}: {WEIGHTS} is not the one it describes")
             network.load_state_dict(state)
-            options = {"layer": int(eyes["layer"]), "size": int(eyes["size"])}
-            statistics = {"mean": tuple(eyes["mean"]), "std": tuple(eyes["std"])}
+            options: dict[str, Any] = {
+                "mean": tuple(eyes["mean"]), "std": tuple(eyes["std"]), "layer": int(eyes["layer"]),
+                "size": int(eyes["size"]),
+            }  # fmt: skip
             named, digest = str(eyes["name"]), str(eyes["digest"])
         except ModelError:
             raise
@@ -212,14 +214,18 @@ class TrainedGuard(SafetyJudge):
         if not isinstance(encoder, PatchEncoder):
             beside = source / ENCODER
             where = encoder or (str(beside) if beside.is_dir() else named)
-            encoder = PatchEncoder.open(
-                where, device, name=named, batch=batch, **statistics, **options
-            )
+            encoder = PatchEncoder.open(where, device, name=named, batch=batch, **options)
         if encoder.digest != digest:
             raise ModelError(
                 f"guard {source.name!r} was trained behind {named}#{digest}; {encoder.name}#{encoder.digest} has "
                 "other weights"
             )
+        for name, value in options.items():
+            if getattr(encoder, name) != value:
+                raise ModelError(
+                    f"guard {source.name!r} was trained with {name} {value} of its eyes, not "
+                    f"{getattr(encoder, name)}"
+                )
         network = network.to(device) if device is not None else network
         return cls(
             encoder, network.eval(), codes, taxonomy, training=plain.get("training"), batch=batch
