@@ -131,7 +131,7 @@ def forget_prompts(
         forget.append(text)
         overrides.append(instead)
     gone = [name for concept in concepts for name in concept.names]
-    rest = _rest(model, gone, given.get("captions"), keep, classes, count, seed)
+    rest = _rest(model, concepts, given.get("captions"), keep, classes, count, seed)
     if not rest:
         raise InputError(
             "sfd needs prompts of what is to stay, and there are none that say nothing of "
@@ -261,16 +261,19 @@ def _listed(
 
 
 def _rest(
-    model: DiffusionModel, gone: Sequence[str], captions: Sequence[str] | None, keep: Sequence[str],
+    model: DiffusionModel, concepts: Sequence[Concept], captions: Sequence[str] | None, keep: Sequence[str],
     classes: Sequence[str], count: int, seed: int,
 ) -> list[str]:  # fmt: skip
     companions = model.companions
+    gone = [name for concept in concepts for name in concept.names]
     if captions is not None:
         listed = list(captions)
     elif classes:
         listed = list(classes)
     elif companions is not None and companions.captions is not None:
-        listed = list(companions.captions(count, seed, tuple(gone)))
+        # A world is asked by the names of its concepts; it knows none by a phrase.
+        known = [c.name for c in concepts if companions.concept(c.name) is not None]
+        listed = list(companions.captions(count, seed, tuple(known)))
     else:
         listed = []
     if captions is None and not classes:

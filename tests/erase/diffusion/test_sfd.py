@@ -22,6 +22,7 @@ from expunge.errors import (
     WrongMethod,
     WrongState,
 )
+from expunge.models.base import Companions
 from expunge.models.class_conditional import class_conditional
 from expunge.testing import tiny_diffusion
 from expunge.testing.layouts import tiny_layout
@@ -72,6 +73,22 @@ def asks(model, concept=STAR, data=DATA, keep=(), override=None, unsafe=False, p
         count=4,
         seed=0,
     )
+
+
+def test_a_world_is_asked_for_captions_by_the_names_of_its_concepts_alone():
+    own, asked = tiny_diffusion(), []
+
+    def captions(n, seed=0, without=()):
+        asked.append((n, seed, tuple(without)))
+        return ["a red square", "a heart", "a plain star"]
+
+    own.companions = Companions(
+        "toy", concept=lambda name: Concept(name) if name == "star" else None, captions=captions
+    )
+    made = asks(own, [STAR, Concept("moon", anchor="circle")], data=None)
+    # It knows no phrase of a concept, and no concept of others; what names one is left out all the same.
+    assert asked == [(4, 0, ("star",))]
+    assert made.remain == ("a red square",)
 
 
 def values(model):
