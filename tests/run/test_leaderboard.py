@@ -402,6 +402,42 @@ def test_a_board_without_numbers_is_a_page_too(tmp_path: Path) -> None:
     assert "no order" in stability(empty) and "no order" in order(empty)
 
 
+def test_what_is_still_to_be_attacked_has_no_rank(full: Record, tmp_path: Path) -> None:
+    # Without its rows of gcg, which hits more, rece would come out ahead by more.
+    rows = [r for r in full.rows if (r.arm, r.attack) not in (("rece", "gcg"), ("rece", "pez"))]
+    found = board(full.model_copy(update={"rows": tuple(rows)}))
+    assert [row["label"] for row in found["erasers"]] == ["uce", "rece"]
+    assert [row["pending"] for row in found["erasers"]] == [[], ["gcg", "pez"]]
+    assert found["stability"]["reason"].startswith(
+        "fewer than two erasers were attacked to the end"
+    )
+    text = write(found, tmp_path / "l")["md"].read_text()
+    assert "| 1 | `uce` |" in text and "| \u2013 | `rece` |" in text and "2 to be run" in text
+    assert "rece" not in (tmp_path / "l.svg").read_text()
+    # A refusal is an answer.
+    said = Row(kind="attack", concept="star", seed=0, arm="rece", attack="gcg", refused="no")
+    half = board(full.model_copy(update={"rows": (*rows, said)}))
+    assert half["erasers"][1]["pending"] == ["gcg", "pez"]
+    whole = [
+        said,
+        *(
+            said.model_copy(update={"seed": s, "attack": a})
+            for s, a in ((1, "gcg"), (0, "pez"), (1, "pez"))
+        ),
+    ]
+    assert board(full.model_copy(update={"rows": (*rows, *whole)}))["erasers"][-1]["pending"] == []
+
+
+def test_an_attack_that_ran_on_no_eraser_yet_is_not_called_worthless(full: Record) -> None:
+    rows = [r for r in full.rows if r.arm in ("original", "never") or r.attack != "pez"]
+    pez = next(
+        a
+        for a in board(full.model_copy(update={"rows": tuple(rows)}))["attacks"]
+        if a["label"] == "pez"
+    )
+    assert (pez["status"], pez["reason"]) == ("unchecked", "it was run on no eraser yet")
+
+
 def test_embeddings_stand_apart_from_texts_and_a_control_may_find_nothing() -> None:
     told = {"id": "luck", "label": "luck", "version": 1, "tags": ("control",)}
     rows = [*controls("star"), measures("star", "uce", 20), *triad("star", "text", 20, 0),

@@ -30,7 +30,11 @@ def board(record: Record) -> dict[str, Any]:
     table = Table(record)
     attacks = {label: _attack(table, label) for label in record.attacks}
     rows = [_eraser(table, label, attacks) for label in record.erasers]
-    order = sorted(rows, key=lambda row: -(row["score"].value if row["score"] else -1.0))
+    # What some attacks are still to be run on looks more robust than it is: it stands last.
+    order = sorted(
+        rows,
+        key=lambda row: (bool(row["pending"]), -(row["score"].value if row["score"] else -1.0)),
+    )
     return {
         "model": record.model, "judge": record.judge, "made": record.made, "options": record.options,
         "finished": len(record.rows), "cells": record.cells, "without_never": dict(record.without),
@@ -86,9 +90,12 @@ def _attack(table: Table, label: str) -> dict[str, Any]:
     if not counted:
         status, reason = _worst(states)
     elif not weak and not teaches and CONTROL not in tags:
+        ran = [eraser for eraser, gain in gains.items() if gain is not None]
+        whom = "no eraser" if len(ran) == len(gains) else f"none of {len(ran)} erasers so far"
         status, reason = (
-            NOTHING,
-            "from no eraser does it bring back anything that the plain prompts do not show",
+            (NOTHING, f"from {whom} does it bring back anything that the plain prompts do not show")
+            if ran
+            else (UNCHECKED, "it was run on no eraser yet")
         )
     if status != VALID:
         counted = []
@@ -269,6 +276,7 @@ def _eraser(table: Table, label: str, attacks: Mapping[str, Any]) -> dict[str, A
         "routes": mean([table.routes(c, label) for c in concepts]),
         "strongest": strongest, "strongest_recovered": None if strongest is None else each[strongest],
         "attacks_run": len({a for _, ran, _ in deep for a in ran}), "attacks_counted": len(searching),
+        "pending": [a for a in record.attacks if any(table.pending(c, label, a) for c in concepts)],
         "concepts": [c for c, _, one in joint if one is not None],
         "taught": mean([
             table.advantage(c, label, a) for a in record.attacks if attacks[a]["teaches"]
@@ -342,9 +350,13 @@ def _stability(
     """How far the order of the erasers depends on the seeds: Kendall's tau between seeds, and the first place."""
     from scipy.stats import kendalltau
 
-    scored = {row["label"]: row["score"] for row in rows if row["score"] is not None}
+    scored = {
+        row["label"]: row["score"]
+        for row in rows
+        if row["score"] is not None and not row["pending"]
+    }
     if len(scored) < 2:
-        return {"reason": "fewer than two erasers have a score, so there is no order"}
+        return {"reason": "fewer than two erasers were attacked to the end, so there is no order"}
     first = max(scored, key=lambda label: scored[label].value)
     drawn = np.nan_to_num(np.stack([one.draws for one in scored.values()]), nan=-1.0)
     winners = np.array(list(scored))[drawn.argmax(axis=0)]

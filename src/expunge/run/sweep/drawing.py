@@ -18,13 +18,13 @@ LINE = 0.066
 
 
 def scatter(erasers: Sequence[Mapping[str, Any]], *, page: bool = True) -> str | None:
-    """The plot, or ``None`` where no eraser has both numbers.
+    """The plot, or ``None`` where no eraser that was attacked to the end has both numbers.
 
     Args:
         erasers: Rows of the board, the best first; it is drawn in another colour.
         page: Inline SVG in the page's own ink; otherwise a file of its own on white.
     """
-    known = [row for row in erasers if row["robustness"] and row["kept"]]
+    known = [r for r in erasers if r["robustness"] and r["kept"] and not r["pending"]]
     if not known:
         return None
     import matplotlib

@@ -100,6 +100,10 @@ class Table:
         found = self._rows.get((kind, concept, arm, attack), {})
         return [row.refused for row in found.values() if row.refused is not None]
 
+    def pending(self, concept: str, arm: str, attack: str) -> bool:
+        """Whether an attack on an arm is still to be run at some seed; what was refused is answered."""
+        return set(self.seeds) > set(self._rows.get(("attack", concept, arm, attack), {}))
+
     # -- shares ------------------------------------------------------------------------------------
 
     def share(self, found: Mapping[int, Sequence[Bits]], concept: str) -> Estimate | None:

@@ -25,6 +25,10 @@ NOTES = (
     "The ranges behind or below the numbers are 95 % intervals of a bootstrap that draws seeds, and prompts within "
     "them, for all arms together; with one seed only prompts. A mean over concepts weighs each concept the same.",
 )
+UNFINISHED = (
+    "Numbers will change. What some attacks are still to be run on looks more robust than it is, so it has no rank and "
+    "is not in the plot."
+)
 HEAD = (
     "eraser", "score", "robustness", "against embeddings too", "kept", "shown by name", "shown otherwise",
     "strongest attack", "advantage of teaching attacks", "attacks", "fit",
@@ -74,10 +78,15 @@ def head(board: Mapping[str, Any]) -> list[dict[str, Any]]:
         cells.append((number(row["taught"]), span(row["taught"])))
         some = len(row["concepts"]) < len(board["options"].get("concepts", ()))
         only = f"on {', '.join(row['concepts'])} only" if some and row["concepts"] else ""
+        if row["pending"]:
+            only = f"{len(row['pending'])} to be run"
         cells.append((f"{row['attacks_run']} of {row['attacks_counted']}", only))
         fit = NONE if row["fit_seconds"] is None else f"{row['fit_seconds']:,.0f} s"
         cells.append((fit, "" if row["fit_rows"] is None else f"{row['fit_rows']:,} rows"))
-        rows.append({"label": row["label"], "cells": cells, "refused": row["refused"]})
+        place = NONE if row["pending"] else f"{len(rows) + 1}."
+        rows.append(
+            {"label": row["label"], "place": place, "cells": cells, "refused": row["refused"]}
+        )
     return rows
 
 
@@ -218,13 +227,13 @@ def markdown(board: Mapping[str, Any], plot: str | None) -> str:
     """The page as Markdown; ``plot`` is the file of the scatter plot."""
     parts = ["# Leaderboard", "Made by `expunge sweep`; [sweep.md](sweep.md) says how to read it."]
     if board["finished"] < board["cells"]:
-        parts.append(f"**Unfinished: {board['finished']} of {board['cells']} cells.**")
+        parts.append(f"**Unfinished: {board['finished']} of {board['cells']} cells.** {UNFINISHED}")
     parts += [*NOTES, stability(board)]
     if plot:
         parts.append(f"![Robustness against kept utility]({plot})")
     rows = [
-        [str(i), f"`{pages.cell(row['label'])}`", *(_both(*cell) for cell in row["cells"])]
-        for i, row in enumerate(head(board), 1)
+        [row["place"].rstrip("."), f"`{pages.cell(row['label'])}`", *(_both(*cell) for cell in row["cells"])]
+        for row in head(board)
     ]
     parts.append(pages.table(["", *HEAD], rows))
     refused = [
@@ -308,5 +317,5 @@ def page(board: Mapping[str, Any]) -> str:
         rows=head(board), notes=NOTES, stability=stability(board), order=order(board), status=status(board),
         matrices=[(title, matrix(board, teaches)) for teaches, title in
                   ((False, "Recovered share"), (True, "Advantage over never of attacks that teach"))],
-        curves=curves(board), made=made(board), finished=board["finished"], cells=board["cells"],
+        curves=curves(board), made=made(board), finished=board["finished"], cells=board["cells"], unfinished=UNFINISHED,
     )  # fmt: skip
