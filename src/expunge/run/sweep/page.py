@@ -232,7 +232,11 @@ def markdown(board: Mapping[str, Any], plot: str | None) -> str:
     if plot:
         parts.append(f"![Robustness against kept utility]({plot})")
     rows = [
-        [row["place"].rstrip("."), f"`{pages.cell(row['label'])}`", *(_both(*cell) for cell in row["cells"])]
+        [
+            row["place"].rstrip("."),
+            f"`{pages.cell(row['label'])}`",
+            *(_both(*cell) for cell in row["cells"]),
+        ]
         for row in head(board)
     ]
     parts.append(pages.table(["", *HEAD], rows))
