@@ -391,6 +391,16 @@ def test_pages_hold_the_numbers_and_do_nothing(made: dict[str, Any], tmp_path: P
     assert write(made, tmp_path / "leaderboard")["svg"].read_text() == written["svg"].read_text()
 
 
+def test_far_ends_of_an_interval_do_not_squeeze_the_plot() -> None:
+    def row(label: str, robustness: float, low: float, high: float) -> dict[str, Any]:
+        return {"label": label, "pending": [], "kept": {"value": 0.9, "interval": [0.85, 0.95]},
+                "robustness": {"value": robustness, "interval": [low, high]}}  # fmt: skip
+
+    near = scatter([row("uce", 0.5, 0.0, 1.1), row("rece", 0.2, 0.0, 0.4)])
+    far = scatter([row("uce", 0.5, 0.0, 3.0), row("rece", 0.2, -2.0, 0.4)])
+    assert near and far and near.count("%") == far.count("%")  # the same ticks
+
+
 def test_a_board_without_numbers_is_a_page_too(tmp_path: Path) -> None:
     empty = board(recorded([measures("star", "uce", 20)], cells=9))
     assert scatter(empty["erasers"]) is None and set(write(empty, tmp_path / "l")) == {

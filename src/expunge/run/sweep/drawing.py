@@ -13,6 +13,8 @@ __all__ = ["scatter"]
 
 POINT = "#3b7dd8"
 FIRST = "#d9622b"
+BEYOND = 0.1
+"""Of a share, what is shown below 0 and above 1."""
 LINE = 0.066
 """Height of a label in the names' column, in shares of the axes' height."""
 
@@ -52,12 +54,16 @@ def scatter(erasers: Sequence[Mapping[str, Any]], *, page: bool = True) -> str |
 
 
 def _limits(axes: Any, known: Sequence[Mapping[str, Any]]) -> None:
-    """Robustness from 0 to 1; utility from a round share below the lowest; beyond where an interval goes there."""
+    """Robustness from 0 to 1; utility from a round share below the lowest; a little beyond where an interval is.
+
+    Where original and never nearly meet, the ends of an interval of a ratio are far away: they are cut.
+    """
     for name, floor, setter in (("kept", 0.8, axes.set_xlim), ("robustness", 0.0, axes.set_ylim)):
         ends = [
             bound for row in known for bound in (row[name]["interval"] or (row[name]["value"],))
         ]
-        low, high = min(floor, math.floor(10 * min(ends)) / 10), max(1.0, *ends)
+        low = max(-BEYOND, min(floor, math.floor(10 * min(ends)) / 10))
+        high = min(1 + BEYOND, max(1.0, *ends))
         margin = 0.04 * (high - low)
         setter(low - margin, high + margin)
     for axis in (axes.xaxis, axes.yaxis):
