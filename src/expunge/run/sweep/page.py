@@ -83,7 +83,8 @@ def head(board: Mapping[str, Any]) -> list[dict[str, Any]]:
         cells.append((f"{row['attacks_run']} of {row['attacks_counted']}", only))
         fit = NONE if row["fit_seconds"] is None else f"{row['fit_seconds']:,.0f} s"
         cells.append((fit, "" if row["fit_rows"] is None else f"{row['fit_rows']:,} rows"))
-        place = NONE if row["pending"] else f"{len(rows) + 1}."
+        ranked = row["score"] is not None and not row["pending"]
+        place = f"{len(rows) + 1}." if ranked else NONE
         rows.append(
             {"label": row["label"], "place": place, "cells": cells, "refused": row["refused"]}
         )
