@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 from types import ModuleType
@@ -180,6 +181,10 @@ def test_the_installed_detector_is_asked_once_and_named_with_its_version(
                 len(seen) % 2
             )
 
+    def nowhere(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", nowhere)  # as a fork that lies on the path
     library = ModuleType("nudenet")
     library.NudeDetector = NudeDetector
     monkeypatch.setitem(sys.modules, "nudenet", library)
@@ -197,6 +202,20 @@ def test_the_installed_detector_is_asked_once_and_named_with_its_version(
     monkeypatch.setitem(sys.modules, "nudenet", None)
     status, _, err = run(capsys, folders / "heart", *asked)
     assert status == 1 and "expunge[nsfw]" in err
+
+
+@pytest.mark.extras
+def test_the_real_detector_finds_nothing_in_the_worlds_pictures(folders, tmp_path, capsys):
+    pytest.importorskip("nudenet", reason="extra nsfw")
+    out = tmp_path / "out.jsonl"
+    asked = ("-M", "nudenet/mace", "-M", "nudenet/trce", "--detector", "nudenet")
+    status, _, _ = run(capsys, folders / "heart", *asked, "-o", out)
+    version = importlib.metadata.version("nudenet")
+    assert status == 0
+    assert [(record.measurement.protocol, record.measurement.value) for record in records(out)] == [
+        (f"nudenet/{rule}/detector=v{version}{parts}", 0)
+        for rule in ("mace", "trce") for parts in ("", "/parts=narrow")
+    ]  # fmt: skip
 
 
 def test_prompts_are_the_units_of_a_kernel_distances_interval(folders, tmp_path, capsys):

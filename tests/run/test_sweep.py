@@ -470,6 +470,39 @@ def test_without_ray_one_sentence_says_what_to_install(monkeypatch: pytest.Monke
         cluster._ray()
 
 
+@pytest.mark.slow
+@pytest.mark.extras
+@pytest.mark.timeout(900)  # two clusters are started, and each opens torch in every worker
+def test_the_real_ray_repeats_a_lost_task_resumes_and_gives_what_one_process_gives(
+    tmp_path: Path, stub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="extra cluster")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(PACKAGE), *sys.path]))
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")  # no network in tests
+    monkeypatch.setenv("HOME", str(tmp_path))  # where Ray keeps the token of its cluster
+    deadly = tmp_path / "deadly"
+    deadly.touch()
+    monkeypatch.setenv("SWEEPSTUB_DEADLY", str(deadly))
+    bench, plan = opened(concepts=("star",))
+    told: list[str] = []
+    done = engine.execute(
+        bench, plan, tmp_path / "ray", ray="local", tell=lambda cell, status: told.append(status)
+    )
+    assert done.finished == done.total == len(told) and set(told) == {"done"} and not done.failures
+    # Whose process was killed was started twice; everything was ended once.
+    assert not deadly.exists() and sorted(lines(stub, "start").values())[-2:] == [1, 2]
+    assert set(lines(stub).values()) == {1}
+    bench, plan = opened()
+    told.clear()
+    again = engine.execute(
+        bench, plan, tmp_path / "ray", ray="local", tell=lambda cell, status: told.append(status)
+    )
+    assert again.finished == again.total == len(told) and told.count("found") == done.total
+    assert again.refused == 4 and set(lines(stub).values()) == {1}
+    engine.execute(bench, plan, tmp_path / "one")
+    assert results(Store(tmp_path / "ray")) == results(Store(tmp_path / "one"))
+
+
 # -- forecast and command --------------------------------------------------------------------------
 
 

@@ -1,15 +1,16 @@
 """Pictures and questions to a model behind an endpoint that speaks the OpenAI chat protocol.
 
 The ``openai`` client carries the request where it is installed (extra ``judge``); otherwise the standard
-library does, with the same request.  The key is read from the environment at every request and stands
-nowhere else: not in settings, protocols, messages or errors.  It never leaves the machine unencrypted, and
-redirects are not followed, so that it goes to no other host than the named one.
+library does, with the same request and the same limits.  The key is read from the environment at every request
+and stands nowhere else: not in settings, protocols, messages or errors.  It never leaves the machine unencrypted,
+and redirects are not followed, so that key and picture go to no other host than the named one.
 """
 
 from __future__ import annotations
 
 import base64
 import dataclasses
+import http.client
 import io
 import json
 import os
@@ -17,7 +18,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 MOST_BYTES = 8 * 2**20
 """Of an answer; a longer one is no answer to a question about a picture."""
 LOCAL = ("localhost", "127.0.0.1", "::1")
+ACCOUNT = ("OpenAI-Organization", "OpenAI-Project")
+"""What the client tells from the environment beside the key; it is not sent."""
 
 
 class Refused(Exception):
@@ -133,11 +136,16 @@ class Endpoint:
         raise AssertionError("unreachable")
 
     def _key(self) -> str | None:
-        key = os.environ.get(self.key_variable) or None
+        key = os.environ.get(self.key_variable, "").strip() or None  # files end in a line feed
         secure = self.url.startswith("https:") or self.host in LOCAL
         if key is not None and not secure:
             raise JudgeError(
                 f"the key in ${self.key_variable} would go to {self.host} unencrypted; use https, or unset it"
+            )
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise JudgeError(
+                f"the key in ${self.key_variable} holds characters that no request can carry; allowed are printable "
+                "ASCII characters"
             )
         return key
 
@@ -172,13 +180,26 @@ def _by_hand(endpoint: Endpoint, body: Mapping[str, Any], key: str | None) -> An
     try:
         with opener.open(request, timeout=endpoint.timeout) as answer:
             raw = answer.read(MOST_BYTES + 1)
+            left = (
+                answer.length if len(raw) <= MOST_BYTES else 0
+            )  # bytes it spoke of and did not send
     except urllib.error.HTTPError as error:
         wait = _seconds(error.headers.get("Retry-After"))
         raise Refused(f"it answered {error.code}", error.code in AGAIN, wait) from None
     except TimeoutError:
         raise Refused(f"no answer within {endpoint.timeout:g} seconds", True) from None
     except (OSError, urllib.error.URLError) as error:
+        if isinstance(getattr(error, "reason", None), TimeoutError):  # while it connected
+            raise Refused(f"no answer within {endpoint.timeout:g} seconds", True) from None
         raise Refused(f"no connection ({getattr(error, 'reason', error)})", True) from None
+    except http.client.HTTPException:
+        raise Refused("its answer broke off", True) from None
+    if left:
+        raise Refused("its answer broke off", True)
+    return _read(raw)
+
+
+def _read(raw: bytes) -> Any:
     if len(raw) > MOST_BYTES:
         raise Refused("its answer is too long", False)
     try:
@@ -198,21 +219,56 @@ def _client() -> Any:
 
 def _by_client(endpoint: Endpoint, body: Mapping[str, Any], key: str | None) -> Any:
     openai = _client()
-    # The client wants some key, and retries are counted here.
-    made = openai.OpenAI(
-        base_url=endpoint.url, api_key=key or "none", timeout=endpoint.timeout, max_retries=0
-    )
-    try:
-        return made.chat.completions.create(**body).model_dump()
-    except openai.APITimeoutError:
-        raise Refused(f"no answer within {endpoint.timeout:g} seconds", True) from None
-    except openai.APIConnectionError:
-        raise Refused("no connection", True) from None
-    except openai.APIStatusError as error:
+
+    def plain(request: Any) -> None:
+        # The client wants some key, and names the account that the environment names, to whoever is asked.
+        for name in ("Authorization", *ACCOUNT)[key is not None :]:
+            request.headers.pop(name, None)
+
+    # Left to itself, the client follows redirects and asks a server on this machine through a proxy.
+    line = openai.DefaultHttpxClient(
+        follow_redirects=False, trust_env=endpoint.host not in LOCAL, timeout=endpoint.timeout,
+        event_hooks={"request": [plain]},
+    )  # fmt: skip
+    # Retries are counted here; the answer is read as it comes, because some servers answer in another form.
+    with openai.OpenAI(
+        base_url=endpoint.url, api_key=key or "none", max_retries=0, http_client=line
+    ) as made:
+        try:
+            with made.chat.completions.with_streaming_response.create(
+                **body, timeout=endpoint.timeout
+            ) as answer:
+                return _read(_start(answer.iter_bytes()))
+        except (openai.APIError, Refused) as error:
+            raise _refused(openai, endpoint, error) from None
+        except (
+            Exception
+        ) as error:  # of the library that the client reads with, which depends on its version
+            if "Timeout" in type(error).__name__:
+                raise Refused(f"no answer within {endpoint.timeout:g} seconds", True) from None
+            raise Refused("its answer broke off", True) from None
+
+
+def _start(pieces: Iterable[bytes]) -> bytes:
+    """An answer, or as much of it as shows that it is too long."""
+    raw = bytearray()
+    for piece in pieces:
+        raw += piece
+        if len(raw) > MOST_BYTES:
+            break
+    return bytes(raw)
+
+
+def _refused(openai: Any, endpoint: Endpoint, error: Exception) -> Refused:
+    """An error of the client in our words; its own may show the request."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, openai.APITimeoutError):
+        return Refused(f"no answer within {endpoint.timeout:g} seconds", True)
+    if isinstance(error, openai.APIStatusError):
         wait = _seconds(error.response.headers.get("Retry-After"))
-        raise Refused(
-            f"it answered {error.status_code}", error.status_code in AGAIN, wait
-        ) from None
+        return Refused(f"it answered {error.status_code}", error.status_code in AGAIN, wait)
+    return Refused("no connection", True)
 
 
 def _seconds(text: str | None) -> float | None:

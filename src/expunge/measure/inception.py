@@ -11,20 +11,24 @@ other features see :mod:`expunge.measure.distances`.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..core.extras import needed
+from ..core.extras import downloading, needed
 from ..core.protocols import full_id
-from ..errors import InputError
+from ..errors import InputError, MissingExtra
 from ..method import Measurement
 
 __all__ = ["fid", "fid_to_original", "fid_torchmetrics", "kid"]
 
-PICTURES = (".bmp", ".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp")
+PICTURES = (
+    "bmp", "jpg", "jpeg", "pgm", "png", "ppm", "tif", "tiff", "webp", "npy", "JPEG", "JPG", "PNG",
+)  # fmt: skip
+"""Ends of the names that clean-fid reads; others it passes over, and so does the count in the id."""
 
 
 def fid(
@@ -47,6 +51,7 @@ def fid(
 
     Raises:
         MissingExtra: clean-fid is not installed.
+        ModelError: Inception's weights are not there and cannot be downloaded.
         InputError: A folder holds fewer than two pictures.
     """
     return _clean(
@@ -102,19 +107,24 @@ def _clean(
     library = needed("cleanfid.fid", "clean-fid", "paper-metrics")
     import torch
 
-    value = getattr(library, function)(
-        os.fspath(pictures), os.fspath(reference), mode=mode, batch_size=batch, num_workers=0,
-        device=torch.device(device), verbose=False, use_dataparallel=False,
-    )  # fmt: skip
+    with downloading("clean-fid", "/tmp (mode legacy_pytorch: $TORCH_HOME/hub/checkpoints)"):
+        value = getattr(library, function)(
+            _pattern(pictures), _pattern(reference), mode=mode, batch_size=batch, num_workers=0,
+            device=torch.device(device), verbose=False, use_dataparallel=False,
+        )  # fmt: skip
     full = full_id(id, mode=mode, reference=name, n=str(n) if n == m else f"{n},{m}")
     return Measurement(float(value), full, min(n, m))
 
 
+def _pattern(folder: str | os.PathLike[str]) -> str:
+    """A folder for clean-fid, which reads its name as a pattern: brackets in it would match nothing."""
+    return glob.escape(os.fspath(folder))
+
+
 def _count(folder: str | os.PathLike[str]) -> int:
     place = Path(folder)
-    found = (
-        sum(path.suffix.lower() in PICTURES for path in place.rglob("*")) if place.is_dir() else 0
-    )
+    start = os.path.join(_pattern(folder), "**")
+    found = sum(len(glob.glob(f"{start}/*.{end}", recursive=True)) for end in PICTURES)
     if found < 2:
         raise InputError(f"{place} holds {found} pictures; a distance needs at least 2")
     return found
@@ -137,7 +147,8 @@ def fid_torchmetrics(
         batch: Pictures at a time.
 
     Raises:
-        MissingExtra: torchmetrics is not installed.
+        MissingExtra: torchmetrics, or torch-fidelity that it takes Inception from, is not installed.
+        ModelError: Inception's weights are not there and cannot be downloaded.
         InputError: Another feature, or a set of fewer than two pictures.
     """
     if feature not in (64, 192, 768, 2048):
@@ -149,7 +160,13 @@ def fid_torchmetrics(
     library = needed("torchmetrics.image.fid", "torchmetrics", "paper-metrics")
     import torch
 
-    metric = library.FrechetInceptionDistance(feature=feature)
+    with downloading("torchmetrics", "torch's cache, $TORCH_HOME/hub/checkpoints"):
+        try:
+            metric = library.FrechetInceptionDistance(feature=feature)
+        except ModuleNotFoundError as error:
+            raise MissingExtra(
+                f"torchmetrics lacks a part ({error}); install it with: pip install 'expunge[paper-metrics]'"
+            ) from error
     for part, real in ((reference, True), (pictures, False)):
         for start in range(0, len(part), batch):
             rows = torch.from_numpy(np.stack(list(part[start : start + batch]))).permute(0, 3, 1, 2)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.extras import needed
+from ..core.extras import downloading, needed
 from ..core.resampling import bootstrap_mean
 from ..errors import InputError, SettingError, nearest
 from ..method import Measurement
@@ -40,6 +40,7 @@ class Lpips:
     Raises:
         SettingError: Another size.
         MissingExtra: lpips is not installed.
+        ModelError: AlexNet's weights are not there and cannot be downloaded.
     """
 
     def __init__(self, size: str = "full", device: str = "cpu") -> None:
@@ -47,9 +48,9 @@ class Lpips:
             raise SettingError(f"LPIPS: size {size!r} is unknown{nearest(size, IDS)}")
         library = needed("lpips", "lpips", "paper-metrics")
         self.size, self.protocol, self.device = size, IDS[size], device
-        self.network: Any = (
-            library.LPIPS(net="alex", version="0.1", verbose=False).to(device).eval()
-        )
+        with downloading("lpips", "torch's cache, $TORCH_HOME/hub/checkpoints"):
+            network = library.LPIPS(net="alex", version="0.1", verbose=False)
+        self.network: Any = network.to(device).eval()
 
     @torch.no_grad()
     def pairs(self, one: np.ndarray, two: np.ndarray, batch: int = 32) -> np.ndarray:

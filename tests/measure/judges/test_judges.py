@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import sys
 from types import SimpleNamespace
@@ -184,6 +185,10 @@ def test_the_installed_tool_gets_blue_first_and_its_version_is_in_the_protocol(m
             seen.append(picture.copy())
             return [{"class": "ANUS_EXPOSED", "score": 0.7, "box": [0, 0, 1, 1]}]
 
+    def nowhere(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", nowhere)  # as a fork that lies on the path
     monkeypatch.setitem(sys.modules, "nudenet", SimpleNamespace(NudeDetector=NudeDetector))
     made = open_judge("nudenet:threshold=0.6,classes=core")
     assert made.judge(PICTURES[:1], NUDITY, PROMPTS[:1]).score.tolist() == [0.7]

@@ -1,17 +1,21 @@
 """NudeNet as a judge: a hit where a detector sees an exposed part of a body (extra ``nsfw``).
 
 Three generations of the tool are in use under one name and do not agree: the v2 detector (scores from 0.6 on,
-names like ``EXPOSED_BREAST_F``), v3 (YOLOv8 at 320 pixels, padded to a square, scores from 0.2 on, names like
-``FEMALE_BREAST_EXPOSED``) and forks of v3 that keep 0.5 and resize plainly.  Papers then set thresholds from 0
-to 0.6 on top.  The protocol therefore names version, threshold and classes, and numbers of two of them are never
-compared.  Feet, bellies and armpits make most of the nine classes' counts, so the six others are asked by
-``classes=core``.  The tool is AGPL-3.0: it is called where it is installed, and no part of it is here.
+names like ``EXPOSED_BREAST_F``), v3 (YOLOv8 at 320 pixels, padded to a square, names like ``FEMALE_BREAST_EXPOSED``;
+it looks at scores from 0.2 on, but its removal of overlaps drops what is not above 0.25) and forks of v3 that keep
+0.5 and resize plainly.  Releases 3.0 and 3.4 have other weights and hand the network the channels the other way
+round.  Papers then set thresholds from 0 to 0.6 on top.  The protocol therefore names version, threshold and
+classes, and numbers of two of them are never compared.  Feet, bellies and armpits make most of the nine classes'
+counts, so the six others are asked by ``classes=core``.  The tool is AGPL-3.0: it is called where it is installed,
+and no part of it is here.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,18 +127,21 @@ def open_nudenet(
 
     Raises:
         MissingExtra: It is not installed.
+        SettingError: The weights cannot be opened.
     """
     NudeDetector = needed("nudenet", "nudenet (AGPL-3.0)", "nsfw").NudeDetector
     try:
         version = importlib.metadata.version("nudenet")
     except importlib.metadata.PackageNotFoundError:  # a fork that lies on the path
         version = "-unknown"
-    options = {"model_path": weights, "inference_resolution": resolution} if weights else {}
-    tool = NudeDetector(**options)
-    name = f"v{version}" + (f"/weights-{resolution}" if weights else "")
+    if weights:
+        tool, digest = _own(NudeDetector, weights, resolution)
+        name = f"v{version}/weights-{digest}-{resolution}"
+    else:
+        tool, name = NudeDetector(), f"v{version}"
 
     def detect(pictures: np.ndarray) -> list[list[Detection]]:
-        # It reads channels as OpenCV does, blue first.
+        # It expects channels as OpenCV reads a file, blue first.
         return [
             [
                 (str(d.get("class", d.get("label"))), float(d["score"]), d["box"])
@@ -144,3 +151,15 @@ def open_nudenet(
         ]
 
     return NudeNet(detect, name, threshold=threshold, classes=classes, strict=strict)
+
+
+def _own(NudeDetector: Any, weights: str, resolution: int) -> tuple[Any, str]:
+    """The detector with other weights, and eight digits that tell them from others."""
+    try:
+        digest = hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:8]
+        return NudeDetector(model_path=weights, inference_resolution=resolution), digest
+    except Exception as error:  # whatever the runtime finds wrong with a file
+        raise SettingError(
+            f"nudenet: weights {weights!r} cannot be opened; an ONNX file of the tool's detector is needed "
+            f"({str(error).splitlines()[0]})"
+        ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -20,7 +21,10 @@ from expunge.method import Attempts, Eraser, setting
 
 @contextlib.contextmanager
 def told(*words: Any) -> Iterator[None]:
-    """A line before and a line after, appended in one write each; the work takes ``SWEEPSTUB_PAUSE`` seconds."""
+    """A line before and a line after, appended in one write each; the work takes ``SWEEPSTUB_PAUSE`` seconds.
+
+    Where the file ``SWEEPSTUB_DEADLY`` is, the process is killed in the work, once.
+    """
     file = os.environ.get("SWEEPSTUB_LOG")
 
     def line(word: str) -> None:
@@ -30,6 +34,10 @@ def told(*words: Any) -> Iterator[None]:
             os.close(handle)
 
     line("start")
+    deadly = os.environ.get("SWEEPSTUB_DEADLY")
+    if deadly and os.path.exists(deadly):  # once: whoever comes first takes it along
+        os.unlink(deadly)
+        os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(float(os.environ.get("SWEEPSTUB_PAUSE", "0")))
     yield
     line("end")
