@@ -68,7 +68,7 @@ def span(found: Mapping[str, Any] | None) -> str:
 
 def head(board: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of the head table: for each column a text and a small text."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in board["erasers"]:
         cells = [
             (number(row[k]), span(row[k]))
