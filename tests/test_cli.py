@@ -12,22 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from command_line import called as run
 from expunge import cli
 from expunge.testing import tiny_diffusion
-
-
-def run(capsys, *arguments):
-    """Exit status, standard output and standard error of one call."""
-    old, sys.argv = sys.argv, ["expunge", *map(str, arguments)]
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    finally:
-        sys.argv = old
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 @pytest.fixture(scope="module")

@@ -4,30 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from command_line import called as run
 from expunge import Edit, cli, load
 from expunge.method import Judge, Verdicts
 from expunge.testing import tiny_diffusion
-
-
-def run(capsys, *arguments):
-    """Exit status, standard output and standard error of one call."""
-    old, sys.argv = sys.argv, ["expunge", *map(str, arguments)]
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    finally:
-        sys.argv = old
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 @pytest.fixture(scope="module")

@@ -12,22 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from expunge import cli
+from command_line import called
 from expunge.core.protocols import Record
 from expunge.world.adapter import world_pictures
 
 
 def run(capsys, *arguments):
-    """Exit status, standard output and standard error of one call."""
-    old, sys.argv = sys.argv, ["expunge", "measure", *map(str, arguments)]
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    finally:
-        sys.argv = old
-    return (status, *capsys.readouterr())
+    """Exit status, standard output and standard error of one call of `expunge measure`."""
+    return called(capsys, "measure", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
 
-from expunge import cli
+from command_line import called as run
 from expunge.concept import Concept
 from expunge.core.prompt_scores import score_table
 from expunge.errors import PromptError
@@ -96,19 +95,6 @@ def test_all_prompts_for_one_concept_with_their_own_guidance(tmp_path):
 
 
 # -- the command -----------------------------------------------------------------------------------
-
-
-def run(capsys, *arguments):
-    old, sys.argv = sys.argv, ["expunge", *map(str, arguments)]
-    status = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    finally:
-        sys.argv = old
-    out, err = capsys.readouterr()
-    return status, out, err
 
 
 @pytest.fixture(scope="module")
