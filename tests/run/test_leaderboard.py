@@ -399,6 +399,8 @@ def test_far_ends_of_an_interval_do_not_squeeze_the_plot() -> None:
     near = scatter([row("uce", 0.5, 0.0, 1.1), row("rece", 0.2, 0.0, 0.4)])
     far = scatter([row("uce", 0.5, 0.0, 3.0), row("rece", 0.2, -2.0, 0.4)])
     assert near and far and near.count("%") == far.count("%")  # the same ticks
+    beyond = scatter([row("uce", 1.33, 1.0, 4.0)])
+    assert beyond and "120 %" in beyond and "120 %" not in near  # a point is never cut
 
 
 def test_a_board_without_numbers_is_a_page_too(tmp_path: Path) -> None:

@@ -56,14 +56,15 @@ def scatter(erasers: Sequence[Mapping[str, Any]], *, page: bool = True) -> str |
 def _limits(axes: Any, known: Sequence[Mapping[str, Any]]) -> None:
     """Robustness from 0 to 1; utility from a round share below the lowest; a little beyond where an interval is.
 
-    Where original and never nearly meet, the ends of an interval of a ratio are far away: they are cut.
+    Where original and never nearly meet, the ends of an interval of a ratio are far away: they are cut, points never.
     """
     for name, floor, setter in (("kept", 0.8, axes.set_xlim), ("robustness", 0.0, axes.set_ylim)):
         ends = [
             bound for row in known for bound in (row[name]["interval"] or (row[name]["value"],))
         ]
-        low = max(-BEYOND, min(floor, math.floor(10 * min(ends)) / 10))
-        high = min(1 + BEYOND, max(1.0, *ends))
+        values = [row[name]["value"] for row in known]
+        low = min(*values, max(-BEYOND, min(floor, math.floor(10 * min(ends)) / 10)))
+        high = max(*values, min(1 + BEYOND, max(1.0, *ends)))
         margin = 0.04 * (high - low)
         setter(low - margin, high + margin)
     for axis in (axes.xaxis, axes.yaxis):
