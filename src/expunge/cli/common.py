@@ -199,19 +199,6 @@ def read_prompts(file: Path) -> list[Any]:
     return found
 
 
-def write_picture(file: Path, picture: Any) -> None:
-    """A uint8 picture ``(h, w, 3)`` as PNG."""
-    from io import BytesIO
-
-    from PIL import Image
-
-    from ..edit.files import atomic_write
-
-    buffer = BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG")
-    atomic_write(file, buffer.getvalue())
-
-
 def counted(count: int, noun: str) -> str:
     """A number with its noun."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -69,6 +69,8 @@ def generate(
         )
         print(f"{common.counted(len(rows), 'text')} in {out / 'texts.json'}")
         return
+    from ..evidence.gallery import png
+
     for index, (item, picture) in enumerate(zip(asked, made, strict=True)):
-        common.write_picture(out / f"{index:04d}-seed{item.seed}.png", picture)
+        atomic_write(out / f"{index:04d}-seed{item.seed}.png", png(picture))
     print(f"{common.counted(len(made), 'picture')} in {out}")
