@@ -10,6 +10,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ PICTURES = int(os.environ.get("EXPUNGE_CLAIM_PICTURES", "134"))
 
 ITEMS = int(os.environ.get("EXPUNGE_CLAIM_ITEMS", "134"))
 """Attacked prompts of each seed and arm."""
+
+EDITS = os.environ.get("EXPUNGE_CLAIM_EDITS")
+"""A folder in which edits are left for later processes; they are learnt anew without one."""
 
 STEPS = 20
 KEEP = ("circle", "square", "triangle")
@@ -58,8 +62,24 @@ def judge() -> Judge:
 def _edit(eraser: str, seed: int, settings: tuple[tuple[str, Any], ...]) -> Any:
     from expunge import catalogue
 
-    method = catalogue.resolve(eraser).configured("world", **dict(settings))
-    return method.erase(world(), star(), keep=KEEP, seed=seed)
+    return erased(catalogue.resolve(eraser).configured("world", **dict(settings)), star(), seed)
+
+
+def erased(method: Any, concept: Any, seed: int) -> Any:
+    """The edit of an eraser as it is configured, learnt where `EDITS` does not have it yet."""
+    from expunge.edit import Edit
+    from expunge.run.choices import key
+
+    if EDITS is None:
+        return method.erase(world(), concept, keep=KEEP, seed=seed)
+    request = {
+        "method": method.id, "version": method.version, "settings": method.settings(), "concept": concept.name,
+        "keep": KEEP, "seed": seed, "base": world().fingerprint().to_dict(),
+    }  # fmt: skip
+    place = Path(EDITS) / f"{method.id}-{key(request)}"
+    if not place.exists():
+        method.erase(world(), concept, keep=KEEP, seed=seed).save(place)
+    return Edit.load(place)
 
 
 @contextlib.contextmanager

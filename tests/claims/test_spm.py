@@ -54,9 +54,7 @@ def concept(name: str) -> Any:
 def trained(name: str, seed: int, anchored: bool = True) -> Any:
     """An edit; what only the gate changes needs no training of its own."""
     settings = {} if anchored else {"anchors": 0}
-    return SPM.configured("world", **settings).erase(
-        setup.world(), concept(name), keep=setup.KEEP, seed=seed
-    )
+    return setup.erased(SPM.configured("world", **settings), concept(name), seed)
 
 
 @functools.cache
