@@ -90,11 +90,12 @@ def new_unet() -> Any:
 
 
 def new_teacher() -> DiffusionModel:
-    """The model before training; DDIM of 50 steps on the schedule of DDPM."""
+    """The model before training; DDIM on the schedule of DDPM, its guess of the picture kept in the range of pixels."""
     from diffusers import DDIMScheduler
 
+    # Unclipped, errors at high noise add up to grounds far brighter than any picture's.
     scheduler = DDIMScheduler(
-        beta_start=1e-4, beta_end=0.02, clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        beta_start=1e-4, beta_end=0.02, set_alpha_to_one=False, steps_offset=1
     )
     return class_conditional(new_unet(), scheduler, CLASSES, "shapes")
 
@@ -192,6 +193,12 @@ def classifier() -> nn.Module:
 # -- judging -------------------------------------------------------------------------------------------
 
 
+def as_pictures(pixels: Tensor) -> np.ndarray:
+    """Pixels from -1 to 1 as uint8 pictures, ``(n, 16, 16, 3)``."""
+    made: np.ndarray = ((pixels + 1) * 127.5).round().permute(0, 2, 3, 1).byte().numpy()
+    return made
+
+
 def scaled(pictures: np.ndarray) -> Tensor:
     """uint8 pictures as the classifier takes them."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -224,9 +231,7 @@ def main() -> None:
     rates = {}
     draw = noise_generator(0, "judged shapes")
     labels = labels_of(1000, draw)
-    real = (
-        ((rendered(labels.tolist(), draw) + 1) * 127.5).round().permute(0, 2, 3, 1).byte().numpy()
-    )
+    real = as_pictures(rendered(labels.tolist(), draw))
     rates["judge on pictures"] = float((named(real) == labels.numpy()).mean())
     model = teacher(steps)
     for index, name in enumerate(CLASSES):

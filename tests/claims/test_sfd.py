@@ -10,7 +10,8 @@ training seeds.  A classifier names what is drawn:
     quality      one-step pictures of the remaining classes are named right within 5 points of the teacher's 50 steps
     forgets      the forgotten label gives the override in more than 90 % and the class itself in less than 5 %
     term         without the forget term (plain SiD on all classes) it gives the class in more than 80 %
-    sid          plain SiD lowers the Frechet distance to the teacher's pictures below the untrained one-step answer's
+    sid          plain SiD lowers the Frechet distance to rendered pictures below the untrained one-step answer's; the
+                 distance to the teacher's pictures stands beside it
     two-stage    forgetting from a plain generator: reported, not judged, beside forgetting from the teacher
     relabelled   the control: the teacher asked for the override instead; reported beside the generator
 
@@ -33,6 +34,7 @@ from expunge import Concept
 from expunge.core.score_distillation import OneStepSampling, Relabelling
 from expunge.erase.diffusion.sfd import SFD
 from expunge.measure.distances import frechet_of
+from expunge.models.base import noise_generator
 
 from . import setup, shapes
 
@@ -167,21 +169,25 @@ def test_it_is_the_forget_term() -> None:
 
 
 def test_distillation_improves_on_the_untrained_answer() -> None:
-    judge, names = shapes.ShapeJudge(), shapes.CLASSES
-    wanted = judge.features(pictures("teacher", names))
-    distances = {
-        arm: frechet_of(judge.features(pictures(arm, names)), wanted, "shapes").value
-        for arm in ("untrained", "plain")
-    }
+    judge, names, distances = shapes.ShapeJudge(), shapes.CLASSES, {}
+    draw = noise_generator(0, "rendered shapes")
+    labels = [i % len(names) for i in range(setup.PICTURES)] * len(setup.SEEDS)
+    real = judge.features(shapes.as_pictures(shapes.rendered(labels, draw)))
+    for arm in ("teacher", "untrained", "plain"):
+        seen = judge.features(pictures(arm, names))
+        distances[f"{arm} to rendered"] = frechet_of(seen, real, "shapes").value
+        if arm != "teacher":
+            teachers = judge.features(pictures("teacher", names))
+            distances[f"{arm} to the teacher's"] = frechet_of(seen, teachers, "shapes").value
     made = {arm: right_of(arm, names) for arm in ("teacher", "untrained", "plain")}
     assert setup.settle(
         SFD,
         "sid-improves",
-        distances["plain"] < distances["untrained"],
+        distances["plain to rendered"] < distances["untrained to rendered"],
         made,
-        "Frechet distance of the judge's features to the teacher's pictures: below that of the teacher's own one-step "
-        "answer; pictures named right beside it.",
-        **{f"{arm} frechet": float(value) for arm, value in distances.items()},
+        "Frechet distance of the judge's features to rendered pictures: below the teacher's own one-step answer; pictures "
+        "named right and the distance to the teacher's pictures beside it.",
+        **{name: float(value) for name, value in distances.items()},
     )
 
 

@@ -86,8 +86,8 @@ class SFD(Eraser):
             "first_steps": 800, "ema": 0.98,
         },
         "world:class": {
-            **DDPM, "lr": 1e-4, "fake_lr": 3e-4, "batch": 32, "steps": 3000, "ema": 0.99,
-            "forget_weight": 0.1, "fake_forget_weight": 0.1,
+            **DDPM, "lr": 3e-4, "fake_lr": 3e-4, "batch": 16, "steps": 400, "ema": 0.99,
+            "forget_weight": 0.3, "fake_forget_weight": 0.3,
         },
     }  # fmt: skip
 
