@@ -185,8 +185,8 @@ def test_distillation_improves_on_the_untrained_answer() -> None:
         "sid-improves",
         distances["plain to rendered"] < distances["untrained to rendered"],
         made,
-        "Frechet distance of the judge's features to rendered pictures: below the teacher's own one-step answer; pictures "
-        "named right and the distance to the teacher's pictures beside it.",
+        "Frechet distance of the judge's features to rendered pictures: below the teacher's own one-step answer; "
+        "pictures named right and the distance to the teacher's pictures beside it.",
         **{name: float(value) for name, value in distances.items()},
     )
 
