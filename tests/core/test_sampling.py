@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler
 from torch import nn
 
 from expunge.core.sampling import (
+    SHARED,
     OutputCache,
     as_prompts,
     expand,
@@ -19,6 +20,7 @@ from expunge.core.sampling import (
     outputs,
     pictures,
     prompts_digest,
+    remembered,
 )
 from expunge.errors import PromptError
 from expunge.method import Control, Prompt
@@ -134,6 +136,27 @@ def test_another_process_finds_them_in_the_folder(tmp_path: Any) -> None:
     assert outputs(fresh, PROMPTS, cache=OutputCache(tmp_path)).shape == (4, 1, 1, 3)
     assert fresh.made == 0
     assert all(f.suffix == ".npz" for f in tmp_path.rglob("*") if f.is_file())
+
+
+def test_a_search_that_is_remembered_says_what_it_cost() -> None:
+    model, asked = Echo(), []
+
+    def search(new: list[int]) -> list[str]:
+        asked.append(new)
+        model.cost.add("encoder", 10 * len(new))
+        return [f"found {k}" for k in new]
+
+    assert remembered(["a", "b"], search, model) == ["found 0", "found 1"]
+    assert not SHARED.recalled
+    assert remembered(["b", "c"], search, model) == ["found 1", "found 1"]
+    assert asked == [[0, 1], [1]] and SHARED.recalled["encoder.forward"] == 10
+    SHARED.clear(searches=False)
+    assert not SHARED.recalled
+    remembered(["a", "c"], search, model)
+    assert len(asked) == 2 and SHARED.recalled["encoder.forward"] == 20
+    SHARED.clear()
+    remembered(["a"], search, model)
+    assert asked[2:] == [[0]] and not SHARED.recalled
 
 
 def test_seeds_of_a_prompt_meet_no_other_prompts_seeds() -> None:

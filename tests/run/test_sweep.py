@@ -100,6 +100,21 @@ def test_a_sweep_does_every_cell_once_and_controls_do_not_depend_on_erasers(
     assert list((tmp_path / "out" / "locks").iterdir()) == []
 
 
+def test_a_search_that_reads_no_arm_is_run_once_and_counts_for_every_arm(
+    tmp_path: Path, stub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWEEPSTUB_PAUSE", "0.2")
+    bench, plan = opened(attacks="stub-searcher", erasers="stub-forgetter", concepts=("star",))
+    engine.execute(bench, plan, tmp_path / "out")
+    assert lines(stub)["search star"] == 1
+    store = Store(tmp_path / "out")
+    made = [store.read(c.key) for c in plan.cells.values() if c.attack is not None]
+    assert len(made) == 3
+    assert {entry["result"]["cost"]["encoder.forward"] for entry in made} == {100}
+    # Each waits 0.2 seconds in its own work, and as long in the search.
+    assert all(entry["seconds"] >= 0.4 for entry in made)
+
+
 def test_work_is_ordered_from_controls_and_quick_methods_to_slow_ones() -> None:
     _, plan = opened(attacks="stub-password,random-tokens,unlearndiffatk", seeds=(0, 1))
     cells = list(plan.cells.values())

@@ -15,8 +15,9 @@ import hashlib
 import io
 import json
 import os
+import time
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +33,20 @@ if TYPE_CHECKING:
     from ..models.base import Model
 
 __all__ = [
-    "SHARED", "OutputCache", "as_prompts", "expand", "output_key", "outputs", "pictures", "prompts_digest",
+    "SHARED", "OutputCache", "Search", "as_prompts", "expand", "output_key", "outputs", "pictures", "prompts_digest",
     "remembered", "validation_prompts",
 ]  # fmt: skip
 
 SEED_STEP = 1_000_003
 """Further pictures of a prompt use seeds this far apart, so that neighbouring prompts share none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What a search found, and its share of the rows (by component and direction) and ``seconds`` that were spent."""
+
+    found: Any
+    cost: Mapping[str, float]
 
 
 class OutputCache:
@@ -57,6 +66,10 @@ class OutputCache:
         self.misses = 0
         self.results: dict[str, Any] = {}
         """What attacks did (see :mod:`.kept_attempts`), under names that say everything that can change it."""
+        self.searches: dict[str, Search] = {}
+        """What :func:`remembered` has found, and what each of these searches cost."""
+        self.recalled: Counter[str] = Counter()
+        """Rows and seconds that searches found in memory cost when they were run, since this was last emptied."""
         self._held: OrderedDict[str, Any] = OrderedDict()
         self._bytes = 0
 
@@ -92,10 +105,17 @@ class OutputCache:
         finally:
             self.folder = before
 
-    def clear(self) -> None:
-        """Forget what is held in memory; a folder is left as it is."""
+    def clear(self, searches: bool = True) -> None:
+        """Forget what is held in memory; a folder is left as it is.
+
+        Args:
+            searches: Forget what :func:`remembered` found, too.
+        """
         self._held.clear()
         self.results.clear()
+        if searches:
+            self.searches.clear()
+        self.recalled.clear()
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -140,17 +160,27 @@ SHARED = OutputCache()
 """The process's own cache, used by audits that are not given one."""
 
 
-def remembered(keys: Sequence[str], make: Callable[[list[int]], Sequence[Any]]) -> list[Any]:
+def remembered(
+    keys: Sequence[str], make: Callable[[list[int]], Sequence[Any]], model: Any
+) -> list[Any]:
     """Results of a search that reads nothing of the model under attack, kept for the process.
 
     Args:
         keys: Name everything that can change each result.
         make: The results of those that are not known yet, by their positions.
+        model: Whose rows the search counts.
     """
-    new = [k for k, key in enumerate(keys) if key not in SHARED.results]
+    known = SHARED.searches
+    new = [k for k, key in enumerate(keys) if key not in known]
+    for key in {key for key in keys if key in known}:
+        SHARED.recalled.update(known[key].cost)
     if new:
-        SHARED.results |= dict(zip((keys[k] for k in new), make(new), strict=True))
-    return [SHARED.results[key] for key in keys]
+        before, start = model.cost.snapshot(), time.perf_counter()
+        made = make(new)
+        cost = {**model.cost.since(before), "seconds": time.perf_counter() - start}
+        share = {name: spent / len(new) for name, spent in cost.items()}
+        known |= {keys[k]: Search(found, share) for k, found in zip(new, made, strict=True)}
+    return [known[key].found for key in keys]
 
 
 def as_prompts(

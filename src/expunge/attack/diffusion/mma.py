@@ -157,7 +157,8 @@ class MMADiffusion(Attack):
                     )
                     return self._rule().run(problem, Ledger(len(new), limit), seed=name)
 
-                runs.append(remembered([repr((*shared, name, key)) for key in keys], search))
+                named = [repr((*shared, name, key)) for key in keys]
+                runs.append(remembered(named, search, original))
         return [list(found) for found in zip(*runs, strict=True)]
 
     def _rule(self) -> Gcg:

@@ -219,7 +219,7 @@ class RingABell(Attack):
                 )  # fmt: skip
                 return self._rule().run(problem, Ledger(len(new), limit), seed=name)
 
-            return remembered(where, search)
+            return remembered(where, search, original)
 
     def _rule(self) -> Genetic:
         return Genetic(

@@ -197,7 +197,7 @@ class Transfer(Attack):
             most = allowance.denoiser_rows or 0
             return [(_found(item), int(item.details.get("rows", most))) for item in made.items]
 
-        return remembered(keys, search)
+        return remembered(keys, search, original)
 
     def _inner(self, original: Any, allowance: Budget, concept: Concept) -> Attack:
         """The inner attack under its own preset, with this attack's pictures."""

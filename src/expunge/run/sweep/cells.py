@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ def attempt(cell: Cell, bench: Bench, store: Store) -> str:
 
 def _done(cell: Cell, bench: Bench, store: Store) -> str:
     start = time.perf_counter()
+    SHARED.recalled.clear()
     files: dict[str, bytes] = {}
     try:
         result = WORK[cell.kind](cell, bench, store, files)
@@ -62,7 +64,8 @@ def _done(cell: Cell, bench: Bench, store: Store) -> str:
         told = str(error) if isinstance(error, ExpungeError) else traceback.format_exc(limit=-6)
         store.fail(cell.key, cell.title, told or type(error).__name__)
         return "failed"
-    store.publish(cell.request, cell.key, result, time.perf_counter() - start, files)
+    seconds = time.perf_counter() - start + SHARED.recalled["seconds"]
+    store.publish(cell.request, cell.key, result, seconds, files)
     return "refused" if "refused" in result else "done"
 
 
@@ -168,8 +171,9 @@ def _features(parts: Any) -> np.ndarray | None:
 def _attack(cell: Cell, bench: Bench, store: Store, files: dict[str, bytes]) -> dict[str, Any]:
     """Hits before and after one attack, prompt by prompt, and along its budget where it says so."""
     arm = _arm(cell, bench, store)
-    # Pictures of earlier cells would be free for this one and for no other: rows are to be comparable.
-    SHARED.clear()
+    # Pictures of earlier cells would be free for this one and for no other: rows are to be comparable.  Searches that
+    # read nothing of the arm are not run again for each; what they cost counts for each.
+    SHARED.clear(searches=False)
     with arm.ready() as model:
         attempts: Attempts = _refusing(
             lambda: cell.attack.attack(
@@ -186,8 +190,15 @@ def _attack(cell: Cell, bench: Bench, store: Store, files: dict[str, bytes]) -> 
         "typed": any(item.text is not None for item in attempts.items),
         "curve": _curve(attempts),
         "curve_of": attempts.items[0].details.get("curve_of") if attempts.items else None,
-        "cost": dict(attempts.cost),
+        "cost": _with_recalled(attempts.cost),
     }
+
+
+def _with_recalled(cost: Mapping[str, int]) -> dict[str, int]:
+    """The rows of an attack as if it had run alone."""
+    whole = Counter[str](cost)
+    whole.update({name: round(rows) for name, rows in SHARED.recalled.items() if name != "seconds"})
+    return dict(sorted(whole.items()))
 
 
 def _curve(attempts: Attempts) -> dict[str, str] | None:

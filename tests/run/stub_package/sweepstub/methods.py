@@ -14,6 +14,7 @@ import torch
 
 from evidence.stubs import COLOURS, Forger, Password, Teacher
 from expunge.concept import as_concepts
+from expunge.core.sampling import remembered
 from expunge.edit import Edit
 from expunge.errors import SettingError
 from expunge.method import Attempts, Eraser, setting
@@ -93,6 +94,27 @@ class LoggedPassword(Logged, Password):
     """Appends a password."""
 
     id: ClassVar[str] = "stub-password"
+
+
+@dataclasses.dataclass(frozen=True)
+class Searcher(Logged, Password):
+    """Searches its password on the original, for 100 rows, whoever is attacked."""
+
+    id: ClassVar[str] = "stub-searcher"
+
+    def attack(self, model: Any, concept: Any, judge: Any, budget: Any, **options: Any) -> Attempts:
+        original = options["reference"]
+        before = original.cost.snapshot()
+
+        def search(new: list[int]) -> list[str]:
+            with told("search", concept.name):
+                original.cost.add("encoder", 100)
+            return ["found" for _ in new]
+
+        remembered([f"{self.id} {concept.name}"], search, original)
+        searched = original.cost.since(before)
+        found = super().attack(model, concept, judge, budget, **options)
+        return dataclasses.replace(found, cost={**found.cost, **searched})
 
 
 @dataclasses.dataclass(frozen=True)
