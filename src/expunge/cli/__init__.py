@@ -145,6 +145,9 @@ def _erase(
     return edit
 
 
+app.command()(attacking.attack)
+
+
 @app.command()
 def audit(
     model: ModelOption, out: OutOption, concept: ConceptOption = None, concept_file: FileOption = None,
@@ -337,7 +340,6 @@ def world_export(
 
 
 # Commands of files of their own; `--help` lists commands in the order in which they are added.
-app.command()(attacking.attack)
 app.command()(sweeping.sweep)
 app.command()(sweeping.leaderboard)
 app.command()(measure.measure)
