@@ -169,17 +169,18 @@ def test_it_is_the_forget_term() -> None:
 
 
 def test_distillation_improves_on_the_untrained_answer() -> None:
-    judge, names, distances = shapes.ShapeJudge(), shapes.CLASSES, {}
+    judge, names = shapes.ShapeJudge(), shapes.CLASSES
     draw = noise_generator(0, "rendered shapes")
     labels = [i % len(names) for i in range(setup.PICTURES)] * len(setup.SEEDS)
     real = judge.features(shapes.as_pictures(shapes.rendered(labels, draw)))
-    for arm in ("teacher", "untrained", "plain"):
-        seen = judge.features(pictures(arm, names))
-        distances[f"{arm} to rendered"] = frechet_of(seen, real, "shapes").value
-        if arm != "teacher":
-            teachers = judge.features(pictures("teacher", names))
-            distances[f"{arm} to the teacher's"] = frechet_of(seen, teachers, "shapes").value
-    made = {arm: right_of(arm, names) for arm in ("teacher", "untrained", "plain")}
+    seen = {arm: judge.features(pictures(arm, names)) for arm in ("teacher", "untrained", "plain")}
+    distances = {
+        f"{arm} to rendered": frechet_of(own, real, "shapes").value for arm, own in seen.items()
+    } | {
+        f"{arm} to the teacher's": frechet_of(seen[arm], seen["teacher"], "shapes").value
+        for arm in ("untrained", "plain")
+    }
+    made = {arm: right_of(arm, names) for arm in seen}
     assert setup.settle(
         SFD,
         "sid-improves",
