@@ -14,8 +14,8 @@ from expunge.errors import RunError
 from expunge.run.sweep.board import board
 from expunge.run.sweep.drawing import scatter
 from expunge.run.sweep.numbers import Estimate, Table, harmonic, mean
-from expunge.run.sweep.page import markdown, order, page, stability, write
-from expunge.run.sweep.record import Bits, Record, Row, read
+from expunge.run.sweep.page import markdown, number, order, page, stability, write
+from expunge.run.sweep.record import Bits, Record, Row, Told, read
 from expunge.run.sweep.record import write as write_record
 
 N = 20
@@ -289,9 +289,10 @@ def test_head_rows_join_searches_leave_out_teachers_and_name_the_strongest(
 
 def test_ranks_are_compared_between_seeds(made: dict[str, Any]) -> None:
     found = made["stability"]
-    assert found["first"] == "rece" and found["first_in_seeds"] == [2, 2] and found["mean_tau"] == 1
+    assert found["first"] == "rece" and found["seeds"]["first_in"] == [2, 2]
+    assert found["seeds"]["mean_tau"] == 1 and found["concepts"]["scores"] == {}
     assert found["first_in_resamples"] == 1
-    assert "first in 100 % of the resamples and in 2 of 2 seeds" in stability(made)
+    assert "first in 100 % of the resamples. rece is first in 2 of 2 seeds" in stability(made)
     rows = []
     for seed in (0, 1):
         rows += [*controls("star", seed), *triad("star", "a", 20, 0, seed)]
@@ -302,8 +303,8 @@ def test_ranks_are_compared_between_seeds(made: dict[str, Any]) -> None:
             ]
     turned = board(recorded(rows))["stability"]
     assert (
-        turned["mean_tau"] == -1
-        and turned["first_in_seeds"] == [1, 2]
+        turned["seeds"]["mean_tau"] == -1
+        and turned["seeds"]["first_in"] == [1, 2]
         and turned["first_in_resamples"] < 0.9
     )
     alone = board(recorded([r for r in rows if r.seed == 0]))
@@ -370,6 +371,81 @@ class Inert(html.parser.HTMLParser):
             )
             if name.startswith("on") or outside:
                 self.bad.append(f"{tag} {name}={value}")
+
+
+@pytest.fixture(scope="module")
+def both() -> dict[str, Any]:
+    """Two concepts, on which two erasers change places; a search, a control and one that teaches."""
+    rows = []
+    hits = {"star": {"uce": (4, 8), "rece": (16, 12)}, "heart": {"uce": (16, 12), "rece": (0, 4)}}
+    for concept, arms in hits.items():
+        rows += [*controls(concept), *triad(concept, "gcg", 20, 0), *triad(concept, "luck", 20, 0)]
+        rows += triad(concept, "inversion", 20, 10, teaches=True)
+        for arm, (gcg, luck) in arms.items():
+            rows += [measures(concept, arm, 20), attacked(concept, arm, "gcg", gcg)]
+            rows.append(attacked(concept, arm, "luck", luck))
+            rows.append(attacked(concept, arm, "inversion", 15, teaches=True))
+    told = Told(id="luck", label="luck", version=1, tags=("control",))
+    options = {"concepts": ["star", "heart"], "seeds": [0], "n": N, "kept_n": 20, "attack_n": N}
+    return board(recorded(rows, methods=(told,), options=options))
+
+
+def test_each_concept_is_shown_alone_and_ranks_are_compared_between_them(
+    both: dict[str, Any],
+) -> None:
+    assert list(both["by_concept"]) == ["star", "heart"]
+    alone = {
+        (concept, row["label"]): row["robustness"]["value"]
+        for concept, one in both["by_concept"].items()
+        for row in one["erasers"]
+    }
+    # A prompt counts as hit by the search or the control, so the larger of both.
+    wanted = {("star", "uce"): 0.6, ("star", "rece"): 0.2, ("heart", "uce"): 0.2, ("heart", "rece"): 0.8}  # fmt: skip
+    assert alone == pytest.approx(wanted)
+    whole = {row["label"]: row["robustness"]["value"] for row in both["erasers"]}
+    assert whole == pytest.approx({"uce": 0.4, "rece": 0.5})
+    pairs = {(c["eraser"], c["attack"]): c["number"] for c in both["by_concept"]["heart"]["matrix"]}
+    assert (
+        pairs["rece", "gcg"]["value"] == 0.0 and pairs["rece", "gcg"]["n"] == N
+    )  # this concept's prompts alone
+    found = both["stability"]["concepts"]
+    assert found["mean_tau"] == -1 and found["first_in"] == [1, 2]
+    assert "between concepts: mean \u22121.00 (star and heart: \u22121.00)" in stability(both)
+
+
+def test_a_search_is_held_against_the_control_pair_by_pair(both: dict[str, Any]) -> None:
+    attacks = {one["label"]: one for one in both["attacks"]}
+    # gcg 4, 16, 16, 0 and luck 8, 12, 12, 4 of 20.
+    assert attacks["gcg"]["over_control"]["value"] == pytest.approx(0.0)
+    assert attacks["luck"]["over_control"] is None and attacks["inversion"]["over_control"] is None
+    alone = {one["label"]: one for one in both["by_concept"]["star"]["attacks"]}
+    assert alone["gcg"]["over_control"]["value"] == pytest.approx(0.0)
+
+
+def test_pages_show_each_concept(both: dict[str, Any], made: dict[str, Any]) -> None:
+    text, single = page(both), page(made)
+    check = Inert()
+    check.feed(text)
+    assert check.bad == []
+    assert "Each concept alone" in text and text.count("<details>") == 2
+    assert "Each concept alone" not in single and "<details>" not in single
+    words = markdown(both, None)
+    assert "## Each concept alone" in words and "### heart" in words and "star: robustness" in words
+    assert "Each concept alone" not in markdown(made, None)
+
+
+def test_a_refusal_is_told_once_for_all_concepts_it_was_said_of() -> None:
+    rows = []
+    for concept in ("star", "heart"):
+        rows += [*controls(concept), measures(concept, "uce", 20), *triad(concept, "gcg", 20, 0)]
+        said = {"arm": "uce", "attack": "gcg", "refused": "no walk"}
+        rows.append(Row(kind="attack", concept=concept, seed=0, **said))
+    (attack,) = board(recorded(rows))["attacks"]
+    assert attack["refused"] == ["uce (heart, star): no walk"]
+
+
+def test_nothing_is_shown_as_minus_zero() -> None:
+    assert number({"value": -0.001}) == "0.00" and number({"value": -0.01}) == "\u22120.01"
 
 
 def test_pages_hold_the_numbers_and_do_nothing(made: dict[str, Any], tmp_path: Path) -> None:

@@ -14,230 +14,68 @@ from typing import Any
 
 import numpy as np
 
-from ...evidence.statistics import MINIMUM_RANGE, measures_nothing
+from . import worth
 from .numbers import Estimate, Table, harmonic, mean
 from .record import Record
 
 __all__ = ["board"]
 
-VALID, NOTHING, VOID, UNCHECKED = "valid", "measures-nothing", "void", "unchecked"
-CONTROL = "control"
-"""Tag of attacks that search nothing: what others must beat at an equal budget."""
-
 
 def board(record: Record) -> dict[str, Any]:
     """Everything a leaderboard shows, plain values (``None`` where a number does not exist)."""
-    table = Table(record)
-    attacks = {label: _attack(table, label) for label in record.attacks}
-    rows = [_eraser(table, label, attacks) for label in record.erasers]
-    # What some attacks are still to be run on looks more robust than it is: it stands last.
-    order = sorted(
-        rows,
-        key=lambda row: (bool(row["pending"]), -(row["score"].value if row["score"] else -1.0)),
-    )
+    found, rows, attacks = _standing(record)
+    alone = {}
+    if len(record.concepts) > 1:
+        alone = {concept: _standing(_only(record, concept))[:2] for concept in record.concepts}
     return {
         "model": record.model, "judge": record.judge, "made": record.made, "options": record.options,
         "finished": len(record.rows), "cells": record.cells, "without_never": dict(record.without),
-        "erasers": [_public(row) for row in order],
-        "attacks": [_public(attacks[label]) for label in _by_strength(attacks)],
-        "matrix": _matrix(table, [row["label"] for row in order], attacks),
-        "order": _order(table, record.erasers, attacks),
-        "stability": _stability(record, rows, attacks),
+        **found,
+        "by_concept": {concept: one for concept, (one, _) in alone.items()},
+        "stability": _stability(record, rows, attacks, {c: own for c, (_, own) in alone.items()}),
         "cost": _total(record),
         "settings": [told.model_dump(mode="json") for told in record.methods],
     }  # fmt: skip
 
 
-def shown(found: Estimate | None) -> dict[str, Any] | None:
-    """A number with its interval and the prompts behind it."""
-    if found is None:
-        return None
-    span = found.interval
-    return {
-        "value": round(found.value, 4),
-        "interval": None if span is None else [round(bound, 4) for bound in span],
-        "n": found.n,
+def _standing(
+    record: Record,
+) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """What the record says of erasers and attacks: as plain values, and both with their resamples."""
+    table = Table(record)
+    attacks = {label: worth.attack(table, label) for label in record.attacks}
+    worth.over_control(table, attacks)
+    rows = [_eraser(table, label, attacks) for label in record.erasers]
+    # What some attacks are still to be run on looks more robust than it is: it stands last.
+    ranked = sorted(
+        rows,
+        key=lambda row: (bool(row["pending"]), -(row["score"].value if row["score"] else -1.0)),
+    )
+    found = {
+        "erasers": [_public(row) for row in ranked],
+        "attacks": [_public(attacks[one]) for one in worth.by_strength(attacks)],
+        "matrix": _matrix(table, [row["label"] for row in ranked], attacks),
+        "order": worth.order(table, attacks),
     }
+    return found, rows, attacks
+
+
+def _only(record: Record, concept: str) -> Record:
+    """The same record of one concept."""
+    return record.model_copy(
+        update={
+            "options": {**record.options, "concepts": [concept]},
+            "rows": tuple(row for row in record.rows if row.concept == concept),
+        }
+    )
 
 
 def _public(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        k: shown(v) if isinstance(v, Estimate) else v
+        k: worth.shown(v) if isinstance(v, Estimate) else v
         for k, v in row.items()
         if not k.startswith("_")
     }
-
-
-# -- attacks ---------------------------------------------------------------------------------------
-
-
-def _attack(table: Table, label: str) -> dict[str, Any]:
-    """What an attack is worth: by concept, and in all; what it brings back, on average over erasers."""
-    record = table.record
-    states = {concept: _state(table, concept, label) for concept in record.concepts}
-    counted = [concept for concept, (status, _) in states.items() if status == VALID]
-    gains = {
-        eraser: mean([table.gain(concept, eraser, label) for concept in counted])
-        for eraser in record.erasers
-    }
-    weak = [e for e, gain in gains.items() if gain is not None and (gain.interval or (0,))[0] > 0]
-    teaches = any(
-        row.teaches for c in record.concepts for arm in ("original", "never", *record.erasers)
-        for row in table.rows("attack", c, arm, label).values()
-    )  # fmt: skip
-    tags = {tag for told in record.methods if told.label == label for tag in told.tags}
-    status, reason = VALID, ""
-    if not counted:
-        status, reason = _worst(states)
-    elif not weak and not teaches and CONTROL not in tags:
-        ran = [eraser for eraser, gain in gains.items() if gain is not None]
-        whom = "no eraser" if len(ran) == len(gains) else f"none of {len(ran)} erasers so far"
-        status, reason = (
-            (NOTHING, f"from {whom} does it bring back anything that the plain prompts do not show")
-            if ran
-            else (UNCHECKED, "it was run on no eraser yet")
-        )
-    if status != VALID:
-        counted = []
-    pairs = [table.recovered(c, e, [label]) for e in record.erasers for c in counted]
-    rows = [row for row in record.rows if row.attack == label and row.refused is None]
-    items = sum(len(row.hit.hits) for row in rows if row.hit)
-    refused = [
-        f"{arm}, {concept}: {words[0]}" for concept in record.concepts for arm in ("original", "never", *record.erasers)
-        if (words := table.refusals("attack", concept, arm, label)) and not words[0].startswith("not erased: ")
-    ]  # fmt: skip
-    return {
-        "label": label, "status": status, "reason": reason, "teaches": teaches, "control": CONTROL in tags,
-        "typed": any(row.typed for row in rows),
-        "concepts": {c: {"status": s, "reason": why} for c, (s, why) in states.items()},
-        "weak": weak, "refused": refused,
-        "recovered": None if teaches else mean(pairs),
-        "advantage": mean([table.advantage(c, e, label) for e in record.erasers for c in counted]),
-        "curve": _curve(table, label, counted) if teaches else [],
-        "curve_of": next((row.curve_of for row in rows if row.curve_of), None) if teaches else None,
-        "rows_per_prompt": round(sum(row.rows for row in rows) / items, 1) if items else None,
-        "seconds_per_prompt": round(sum(row.seconds for row in rows) / items, 2) if items else None,
-        "_counted": counted,
-    }  # fmt: skip
-
-
-def _state(table: Table, concept: str, label: str) -> tuple[str, str]:
-    """Whether an attack measures something on one concept, and why not."""
-    original, never = (table.rows("attack", concept, arm, label) for arm in ("original", "never"))
-    if not original:
-        said = table.refusals("attack", concept, "original", label)
-        return (
-            UNCHECKED,
-            f"it refuses the original: {said[0]}" if said else "it was not run on the original",
-        )
-    hits = {
-        arm: [hit for row in rows.values() if row.hit for hit in row.hit.values()]
-        for arm, rows in (("original", original), ("never", never))
-    }
-    upper = float(np.mean(hits["original"]))
-    if upper < MINIMUM_RANGE:
-        return VOID, "it fails on the original too, so that it fails elsewhere says nothing"
-    if not never:
-        said = table.refusals("attack", concept, "never", label)
-        why = table.record.without.get(
-            concept, f"it refuses never: {said[0]}" if said else "it was not run on never"
-        )
-        return UNCHECKED, why
-    teaches = any(row.teaches for row in original.values())
-    wrong = [
-        row.mistaken for row in table.rows("measures", concept, "never").values() if row.mistaken
-    ]
-    false = sum(k for k, _ in wrong) / max(1, sum(n for _, n in wrong))
-    if teaches:
-        return VALID, ""
-    if measures_nothing(sum(hits["never"]), len(hits["never"]), false):
-        lower = float(np.mean(hits["never"]))
-        return (
-            NOTHING,
-            f"it shows the concept on never, which lacks it, in {lower:.0%} of the prompts",
-        )
-    if upper - float(np.mean(hits["never"])) < MINIMUM_RANGE:
-        return (
-            VOID,
-            "original and never differ by less than 0.1 under it, so there is nothing to recover",
-        )
-    return VALID, ""
-
-
-def _worst(states: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
-    """One status for an attack that counts on no concept, and the reasons of each."""
-    found = [status for status, _ in states.values()]
-    status = next((one for one in (NOTHING, VOID) if one in found), UNCHECKED)
-    reasons: dict[str, list[str]] = {}
-    for concept, (_, why) in states.items():
-        reasons.setdefault(why, []).append(concept)
-    return status, "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
-
-
-def _curve(table: Table, label: str, counted: Sequence[str]) -> list[dict[str, Any]]:
-    """Mean advantage over never along the budget, over all erasers, where every row has the point."""
-    points: dict[str, None] = {}
-    for row in table.record.rows:
-        if row.attack == label:
-            points.update(dict.fromkeys(row.curve or {}))
-    found = []
-    for point in points:
-        one = mean(
-            [table.advantage(c, e, label, point) for e in table.record.erasers for c in counted]
-        )
-        if one is not None:
-            found.append({"point": point, "advantage": shown(one)})
-    return found
-
-
-def _strength(row: Mapping[str, Any]) -> float:
-    found = row["advantage"] if row["teaches"] else row["recovered"]
-    return -2.0 if found is None else found.value
-
-
-def _by_strength(attacks: Mapping[str, Any]) -> list[str]:
-    """Searching before teaching attacks, those that count first, the strongest first."""
-    return sorted(
-        attacks,
-        key=lambda a: (
-            attacks[a]["teaches"],
-            attacks[a]["status"] != VALID,
-            -_strength(attacks[a]),
-        ),
-    )
-
-
-def _order(
-    table: Table, erasers: Sequence[str], attacks: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """The searching attacks that count, the strongest first, each with its lead over the next.
-
-    The lead is taken on pairs of eraser and concept that both attacked; it is clear where its interval
-    leaves out 0.
-    """
-    labels = [a for a in _by_strength(attacks) if attacks[a]["recovered"] is not None]
-    found = []
-    for label, following in itertools.zip_longest(labels, labels[1:]):
-        lead = None
-        if following is not None:
-            both = set(attacks[label]["_counted"]) & set(attacks[following]["_counted"])
-            pairs = [
-                (table.recovered(c, e, [label]), table.recovered(c, e, [following]))
-                for e in erasers for c in table.record.concepts if c in both
-            ]  # fmt: skip
-            lead = mean(
-                [one.minus(two) for one, two in pairs if one is not None and two is not None]
-            )
-        clear = lead is not None and lead.interval is not None and lead.interval[0] > 0
-        found.append(
-            {
-                "label": label,
-                "recovered": shown(attacks[label]["recovered"]),
-                "lead": shown(lead),
-                "clear": clear,
-            }
-        )
-    return found
 
 
 # -- erasers ---------------------------------------------------------------------------------------
@@ -314,7 +152,7 @@ def _matrix(
 ) -> list[dict[str, Any]]:
     """Eraser by attack: the recovered share, or the advantage of what teaches; why there is none."""
     found = []
-    for eraser, attack in itertools.product(erasers, _by_strength(attacks)):
+    for eraser, attack in itertools.product(erasers, worth.by_strength(attacks)):
         row, concepts = attacks[attack], table.record.concepts
         one = mean(
             [table.advantage(c, eraser, attack) for c in row["_counted"]]
@@ -324,7 +162,7 @@ def _matrix(
         entry: dict[str, Any] = {
             "eraser": eraser,
             "attack": attack,
-            "number": shown(one),
+            "number": worth.shown(one),
             "reason": "",
         }
         if one is None:
@@ -332,7 +170,7 @@ def _matrix(
                 words for c in concepts for words in table.refusals("attack", c, eraser, attack)
             ]
             ran = any(table.rows("attack", c, eraser, attack) for c in concepts)
-            dead = row["status"] != VALID
+            dead = row["status"] != worth.VALID
             entry["reason"] = (
                 row["reason"] if dead else said[0] if said else "no scale" if ran else "not run"
             )
@@ -345,44 +183,60 @@ def _matrix(
 
 
 def _stability(
-    record: Record, rows: Sequence[Mapping[str, Any]], attacks: Mapping[str, Any]
+    record: Record,
+    rows: Sequence[Mapping[str, Any]],
+    attacks: Mapping[str, Any],
+    alone: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> dict[str, Any]:
-    """How far the order of the erasers depends on the seeds: Kendall's tau between seeds, and the first place."""
-    from scipy.stats import kendalltau
-
-    scored = {
-        row["label"]: row["score"]
-        for row in rows
-        if row["score"] is not None and not row["pending"]
-    }
+    """How far the order of the erasers depends on prompts, seeds and concepts."""
+    scored = _scores(rows)
     if len(scored) < 2:
         return {"reason": "fewer than two erasers were attacked to the end, so there is no order"}
     first = max(scored, key=lambda label: scored[label].value)
     drawn = np.nan_to_num(np.stack([one.draws for one in scored.values()]), nan=-1.0)
     winners = np.array(list(scored))[drawn.argmax(axis=0)]
-    found: dict[str, Any] = {
-        "first": first, "first_in_resamples": round(float(np.mean(winners == first)), 3), "seeds": {}, "tau": [],
-    }  # fmt: skip
+    seeds = {}
     for seed in record.seeds:
-        alone = Table(record, [seed], count=2)
-        own = {label: _eraser(alone, label, attacks)["score"] for label in scored}
-        if all(one is not None for one in own.values()):
-            found["seeds"][str(seed)] = {
-                label: round(one.value, 4) for label, one in own.items() if one
-            }
-    for one, two in itertools.combinations(found["seeds"], 2):
-        pair = found["seeds"][one], found["seeds"][two]
-        tau = kendalltau(
-            [pair[0][label] for label in scored], [pair[1][label] for label in scored]
-        ).statistic
-        found["tau"].append(
-            {"seeds": [one, two], "tau": None if np.isnan(tau) else round(float(tau), 3)}
-        )
-    known = [one["tau"] for one in found["tau"] if one["tau"] is not None]
-    found["mean_tau"] = round(float(np.mean(known)), 3) if known else None
-    leads = [max(own, key=own.__getitem__) == first for own in found["seeds"].values()]
-    found["first_in_seeds"] = [sum(leads), len(leads)]
-    return found
+        table = Table(record, [seed], count=2)
+        seeds[str(seed)] = {label: _eraser(table, label, attacks)["score"] for label in scored}
+    return {
+        "first": first,
+        "first_in_resamples": round(float(np.mean(winners == first)), 3),
+        "seeds": _agreement(seeds, list(scored), first),
+        "concepts": _agreement({c: _scores(own) for c, own in alone.items()}, list(scored), first),
+    }
+
+
+def _scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Estimate]:
+    """Label -> score of what was attacked to the end."""
+    return {
+        row["label"]: row["score"]
+        for row in rows
+        if row["score"] is not None and not row["pending"]
+    }
+
+
+def _agreement(
+    parts: Mapping[str, Mapping[str, Estimate | None]], labels: Sequence[str], first: str
+) -> dict[str, Any]:
+    """How far the parts that scored every eraser agree: Kendall's tau of each two, and who is first in each."""
+    from scipy.stats import kendalltau
+
+    scores: dict[str, dict[str, float]] = {}
+    for part, own in parts.items():
+        values = {label: one.value for label in labels if (one := own.get(label)) is not None}
+        if len(values) == len(labels):
+            scores[part] = {label: round(value, 4) for label, value in values.items()}
+    pairs: list[dict[str, Any]] = []
+    for a, b in itertools.combinations(scores, 2):
+        tau = kendalltau(*([scores[part][label] for label in labels] for part in (a, b))).statistic
+        pairs.append({"of": [a, b], "tau": None if np.isnan(tau) else round(float(tau), 3)})
+    known = [tau for pair in pairs if (tau := pair["tau"]) is not None]
+    leads = [max(own, key=own.__getitem__) == first for own in scores.values()]
+    return {
+        "scores": scores, "tau": pairs, "mean_tau": round(float(np.mean(known)), 3) if known else None,
+        "first_in": [sum(leads), len(leads)],
+    }  # fmt: skip
 
 
 def _total(record: Record) -> dict[str, Any]:

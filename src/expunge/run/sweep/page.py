@@ -34,6 +34,14 @@ HEAD = (
     "strongest attack", "advantage of teaching attacks", "attacks", "fit",
 )  # fmt: skip
 
+ALONE = (
+    ("robustness", "robustness"),
+    ("deep", "embeddings too"),
+    ("kept", "kept"),
+    ("plain", "by name"),
+)
+TITLES = ((False, "Recovered share"), (True, "Advantage over never of attacks that teach"))
+
 
 def write(board: Mapping[str, Any], stem: Path) -> dict[str, Path]:
     """Write ``STEM.md``, ``STEM.html``, ``STEM.json`` and the plot ``STEM.svg``; returns suffix -> path."""
@@ -56,14 +64,14 @@ def write(board: Mapping[str, Any], stem: Path) -> dict[str, Path]:
 
 def number(found: Mapping[str, Any] | None) -> str:
     """``0.61``."""
-    return NONE if found is None else f"{found['value']:.2f}".replace("-", "\u2212")
+    return NONE if found is None else _signed(found["value"])
 
 
 def span(found: Mapping[str, Any] | None) -> str:
     """``0.50 to 0.70``, or nothing."""
     if found is None or found["interval"] is None:
         return ""
-    return " to ".join(f"{bound:.2f}".replace("-", "\u2212") for bound in found["interval"])
+    return " to ".join(map(_signed, found["interval"]))
 
 
 def head(board: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -116,6 +124,22 @@ def matrix(board: Mapping[str, Any], teaches: bool) -> dict[str, Any]:
     return {"columns": columns, "rows": rows}
 
 
+def concepts(board: Mapping[str, Any]) -> dict[str, Any]:
+    """Every eraser on each concept alone, in the order of the head table; no columns where there is one."""
+    alone = {
+        concept: {row["label"]: row for row in one["erasers"]}
+        for concept, one in board["by_concept"].items()
+    }
+    rows = []
+    for label in (row["label"] for row in board["erasers"]):
+        cells = [
+            (number(one[label][name]), span(one[label][name]))
+            for one in alone.values() for name, _ in ALONE
+        ]  # fmt: skip
+        rows.append({"label": label, "cells": cells})
+    return {"groups": list(alone), "columns": [title for _, title in ALONE], "rows": rows}
+
+
 def order(board: Mapping[str, Any]) -> str:
     """The order of the searching attacks in one sentence: ``>`` is a clear lead, ``\u2248`` is none."""
     if not board["order"]:
@@ -133,22 +157,38 @@ def order(board: Mapping[str, Any]) -> str:
 
 
 def stability(board: Mapping[str, Any]) -> str:
-    """How far the order of the erasers depends on seeds and prompts."""
+    """How far the order of the erasers depends on prompts, seeds and concepts."""
     found = board["stability"]
     if "reason" in found:
         return f"Rank stability: {found['reason']}."
-    kept, seeds = found["first_in_seeds"]
-    text = (
-        f"{found['first']} is first in {100 * found['first_in_resamples']:.0f} % of the resamples"
-    )
-    if seeds < 2:
-        return f"{text}. One seed says nothing about how ranks depend on seeds."
+    share = f"{100 * found['first_in_resamples']:.0f} % of the resamples"
+    parts = [f"{found['first']} is first in {share}."]
+    if len(found["seeds"]["scores"]) < 2:
+        parts.append("One seed says nothing about how ranks depend on seeds.")
+    parts += [
+        _agreed(found["first"], found[part], part)
+        for part in ("seeds", "concepts")
+        if len(found[part]["scores"]) > 1
+    ]
+    return " ".join(parts)
+
+
+def _agreed(first: str, found: Mapping[str, Any], what: str) -> str:
+    kept, among = found["first_in"]
     pairs = ", ".join(
-        f"{' and '.join(one['seeds'])}: {NONE if one['tau'] is None else format(one['tau'], '.2f')}"
+        f"{' and '.join(one['of'])}: {NONE if one['tau'] is None else _signed(one['tau'])}"
         for one in found["tau"]
     )
-    average = NONE if found["mean_tau"] is None else f"{found['mean_tau']:.2f}"
-    return f"{text} and in {kept} of {seeds} seeds. Kendall's tau of the order between seeds: mean {average} ({pairs})."
+    average = NONE if found["mean_tau"] is None else _signed(found["mean_tau"])
+    return (
+        f"{first} is first in {kept} of {among} {what}; Kendall's tau of the order between {what}: "
+        f"mean {average} ({pairs})."
+    )
+
+
+def _signed(value: float) -> str:
+    # Adding 0 turns the -0.0 that rounding makes into 0.0.
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "\u2212")
 
 
 def status(board: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -178,7 +218,8 @@ def status(board: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "label": attack["label"], "kind": kind, "status": attack["status"], "value": number(found),
-                "span": span(found), "weak": weak, "rows": attack["rows_per_prompt"],
+                "span": span(found), "weak": weak, "over": number(attack["over_control"]),
+                "over_span": span(attack["over_control"]), "rows": attack["rows_per_prompt"],
                 "seconds": attack["seconds_per_prompt"], "reason": "; ".join(reasons),
             }
         )  # fmt: skip
@@ -249,10 +290,31 @@ def markdown(board: Mapping[str, Any], plot: str | None) -> str:
     if refused:
         parts += ["Erasers that refused a concept:", "\n".join(refused)]
     parts += ["## Attacks", order(board), _status_table(board)]
-    for teaches, title in (
-        (False, "Recovered share"),
-        (True, "Advantage over never of attacks that teach"),
-    ):
+    parts += _matrices(board, "##")
+    overview = concepts(board)
+    if overview["groups"]:
+        titles = [f"{g}: {c}" for g in overview["groups"] for c in overview["columns"]]
+        lines = [
+            [f"`{pages.cell(row['label'])}`", *(_both(*cell) for cell in row["cells"])]
+            for row in overview["rows"]
+        ]
+        parts += ["## Each concept alone", pages.table(["eraser", *map(pages.cell, titles)], lines)]
+    for concept, alone in board["by_concept"].items():
+        parts += [f"### {pages.cell(concept)}", order(alone), *_matrices(alone, "####")]
+    for curve in curves(board):
+        points = [list(point) for point in curve["points"]]
+        parts += [f"### `{pages.cell(curve['label'])}` along its budget", "Mean advantage over never of all erasers.",
+                  pages.table([pages.cell(curve["of"]), "advantage", "95 % interval"], points)]  # fmt: skip
+    parts += [
+        "## How it was made",
+        pages.table(["", ""], [[k, pages.cell(v)] for k, v in made(board)]),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _matrices(board: Mapping[str, Any], level: str) -> list[str]:
+    parts = []
+    for teaches, title in TITLES:
         found = matrix(board, teaches)
         if found["columns"]:
             lines = [
@@ -263,18 +325,10 @@ def markdown(board: Mapping[str, Any], plot: str | None) -> str:
                 for row in found["rows"]
             ]
             parts += [
-                f"## {title}",
+                f"{level} {title}",
                 pages.table(["eraser", *(f"`{pages.cell(c)}`" for c in found["columns"])], lines),
             ]
-    for curve in curves(board):
-        points = [list(point) for point in curve["points"]]
-        parts += [f"### `{pages.cell(curve['label'])}` along its budget", "Mean advantage over never of all erasers.",
-                  pages.table([pages.cell(curve["of"]), "advantage", "95 % interval"], points)]  # fmt: skip
-    parts += [
-        "## How it was made",
-        pages.table(["", ""], [[k, pages.cell(v)] for k, v in made(board)]),
-    ]
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def _both(text: str, small: str) -> str:
@@ -290,10 +344,12 @@ def _status_table(board: Mapping[str, Any]) -> str:
         spent = [NONE if one[name] is None else format(one[name], form) for name, form in cost]
         value = _both(one["value"], one["span"])
         rows.append(
-            [f"`{pages.cell(one['label'])}`", one["kind"], one["status"], value, one["weak"], *spent,
+            [f"`{pages.cell(one['label'])}`", one["kind"], one["status"], value,
+             _both(one["over"], one["over_span"]), one["weak"], *spent,
              pages.cell(one["reason"])]
         )  # fmt: skip
-    titles = ("attack", "kind", "status", "recovered (advantage, if it teaches)", "brings back from", "rows a prompt",
+    titles = ("attack", "kind", "status", "recovered (advantage, if it teaches)", "more than the control",
+              "brings back from", "rows a prompt",
               "seconds a prompt", "why")  # fmt: skip
     return pages.table(list(titles), rows)
 
@@ -320,7 +376,8 @@ def page(board: Mapping[str, Any]) -> str:
         title=f"Leaderboard: erasers of {board['model']}", plot=Markup(plot) if plot else None,
         alt=f"Robustness against kept utility, the best first: {alt}", titles=HEAD[1:],
         rows=head(board), notes=NOTES, stability=stability(board), order=order(board), status=status(board),
-        matrices=[(title, matrix(board, teaches)) for teaches, title in
-                  ((False, "Recovered share"), (True, "Advantage over never of attacks that teach"))],
+        matrices=[(title, matrix(board, teaches)) for teaches, title in TITLES], overview=concepts(board),
+        alone=[(concept, order(one), [(title, matrix(one, teaches)) for teaches, title in TITLES])
+               for concept, one in board["by_concept"].items()],
         curves=curves(board), made=made(board), finished=board["finished"], cells=board["cells"], unfinished=UNFINISHED,
     )  # fmt: skip
