@@ -235,6 +235,25 @@ def test_same_seed_same_answer_whoever_else_searches(encoder, name):
     assert name in ("soft", "pez", "simplex") or not torch.equal(alone.ids, other.ids)
 
 
+@pytest.mark.parametrize("name", ["gcg", "genetic", "random"])
+def test_what_others_have_left_does_not_matter(encoder, name):
+    """Inadmissible strings cost nothing, so items come to their limit at different steps."""
+
+    def even_sum(ids, item):
+        return ids.sum(1) % 2 == 0
+
+    found = []
+    for seeds, keys in (((4,), ["x"]), ((2, 3, 4), ["y", "z", "x"])):
+        made = dataclasses.replace(QUICK[name], steps=100)
+        ledger = Ledger(len(seeds), 300)
+        toy = problem(encoder, seeds=seeds, keys=keys, admissible=even_sum)
+        found.append((made.run(toy, ledger, seed=9)[-1], ledger.spent.tolist()))
+    (alone, own), (beside, spent) = found
+    assert torch.equal(alone.ids, beside.ids)
+    assert [rows for rows, _ in alone.trace] == [rows for rows, _ in beside.trace]
+    assert own == spent[-1:] and max(spent) <= 300
+
+
 def test_watch_stops_an_item_and_spares_its_rows(encoder):
     def watch(step, ids, active):
         return active & torch.tensor([step < 4, True])

@@ -71,20 +71,23 @@ class Gcg(Rule):
             if self.normalise:
                 rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
             rows = rows.masked_fill(~problem.allowed.cpu(), float("inf"))
-            strings = torch.cat(
-                [self._swaps(search, int(i), row) for i, row in zip(item, rows, strict=True)]
-            )
-            own = item.repeat_interleave(len(strings) // len(item))
+            made = [self._swaps(search, int(i), row) for i, row in zip(item, rows, strict=True)]
+            counts = [len(part) for part in made]
+            strings = torch.cat(made)
+            own = item.repeat_interleave(torch.tensor(counts))
             losses = torch.full((len(strings),), float("inf"))
             scored = problem.realisable(strings, own) if self.realisable else losses > 0
             if self.distinct:
                 scored &= (strings != search.current[own]).any(1)
             losses[scored] = search.evaluate(strings[scored], own[scored])
-            low, place = losses.reshape(len(item), -1).min(1)
+            best = [part.min(0) for part in losses.split(counts)]
+            low = torch.stack([found.values for found in best])
             accepted = torch.isfinite(low)
             if self.accept == "better":
                 accepted &= low < loss.float().cpu()
-            chosen = strings.reshape(len(item), -1, problem.length)[torch.arange(len(item)), place]
+            chosen = torch.stack(
+                [part[found.indices] for part, found in zip(made, best, strict=True)]
+            )
             search.current[item[accepted]] = chosen[accepted]
             yield
 
@@ -104,8 +107,8 @@ class Gcg(Rule):
         problem, generator = search.problem, search.generators[i]
         count = self.candidates
         if search.ledger.limit is not None:
-            # Items in lock step keep equal counts; the slowest spender sets nothing, the fastest does.
-            left = search.ledger.limit - int(search.ledger.spent[search.item].max())
+            # Its own rows: what others have left must not decide what this item is offered.
+            left = search.ledger.limit - int(search.ledger.spent[i])
             count = max(1, min(count, left // problem.rows))
         top = rows.topk(min(self.top, int(problem.allowed.sum())), largest=False).indices
         if self.places == "spread":

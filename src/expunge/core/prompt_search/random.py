@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import torch
+
 from .common import Problem
 from .rule import Rule
 from .search import Search
@@ -34,15 +36,14 @@ class RandomStrings(Rule):
         fresh = search.problem.start is not None
         while True:
             item = search.item
-            draws, limit = self.draws, search.ledger.limit
-            if limit is not None:
-                draws = min(
-                    draws, int((limit - search.ledger.spent[item]).min()) // search.problem.rows
-                )
-            own = item.repeat_interleave(max(1, draws))
+            counts = torch.full((len(item),), self.draws)
+            if search.ledger.limit is not None:
+                left = (search.ledger.limit - search.ledger.spent[item]) // search.problem.rows
+                counts = counts.minimum(left)
+            own = item.repeat_interleave(counts)
             ids = search.draw_usable(own)
             if fresh:
-                ids[:: max(1, draws)] = search.current[item]
+                ids[counts.cumsum(0) - counts] = search.current[item]
                 fresh = False
             search.evaluate(ids, own)
             search.current[item] = search.ids[item]
