@@ -232,6 +232,17 @@ def test_targets_come_from_the_unerased_model(model, monkeypatch):
     assert np.array_equal(judge.seen[0], erased)
 
 
+def test_targets_of_a_wider_autoencoder_have_the_denoisers_precision():
+    model = tiny_diffusion(dtype=torch.float16)
+    model.vae.to(torch.float32)
+    for target in ("original", "own"):
+        attack = UnlearnDiffAtk(**{**SMALL.settings(), "target": target, "timesteps": 1})
+        made = attack.attack(
+            model, STAR, Scripted(), Budget("paper"), prompts=PROMPTS[:1], reference=model
+        )
+        assert made.items[0].details["last_draw_loss"] > 0
+
+
 def test_same_seed_same_attack_in_any_batch_and_another_seed_differs(model):
     def run(seed, **changes):
         attack = UnlearnDiffAtk(**{**SMALL.settings(), **changes})

@@ -303,10 +303,13 @@ class UnlearnDiffAtk(Attack):
     ) -> Tensor:  # fmt: skip
         """``x_0`` of each searched item's target; one that the original draws is paid for."""
         prompts = [trials.prompts[i] for i in rest]
+        # An autoencoder may be wider than the denoiser, which is to be given its own precision.
         if target == "own":
-            return model.latents_of(np.stack([trials.best[i] for i in rest]))
+            shown = np.stack([trials.best[i] for i in rest])
+            return model.latents_of(shown).to(model.device, model.dtype)
         if target == "pictures":
-            return model.latents_of(_dealt(given, seed, item_keys(prompts)))
+            shown = _dealt(given, seed, item_keys(prompts))
+            return model.latents_of(shown).to(model.device, model.dtype)
         with original.lifted():
             targets = outputs(original, prompts, cache=SHARED, **trials.options)
             latents = original.latents_of(targets).to(model.device, model.dtype)
