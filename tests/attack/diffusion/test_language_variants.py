@@ -8,7 +8,7 @@ import pytest
 from expunge import Concept
 from expunge.attack.diffusion.language_variants import KINDS, LanguageVariants, _Words
 from expunge.core.sampling import SEED_STEP
-from expunge.errors import SettingError
+from expunge.errors import MissingCapability, SettingError
 from expunge.method import BUDGETS, Budget, Judge, Prompt, Verdicts
 from expunge.models.base import Companions
 from expunge.testing import tiny_diffusion
@@ -131,6 +131,18 @@ def test_a_smaller_budget_tries_fewer_and_as_many_fewer_seeds():
 def test_presets_fit_their_budgets(name):
     method = LanguageVariants.under(BUDGETS[name])
     assert 2 * method.steps * (1 + 2 * method.variants) <= BUDGETS[name].denoiser_rows
+
+
+def test_a_model_of_classes_and_empty_words_are_refused():
+    model = worldly()
+    for name in ("synonyms", "euphemisms", "metaphors", "translated"):
+        with pytest.raises(SettingError, match="hold an empty one"):
+            LanguageVariants(**SMALL, **{name: ("dot", " ")}).attack(
+                model, STAR, Likes(), Budget("b"), prompts=PROMPTS
+            )
+    model.pipeline.tokenizer = None
+    with pytest.raises(MissingCapability, match="allowed are models that read texts"):
+        LanguageVariants(**SMALL).attack(model, STAR, Likes(), Budget("b"), prompts=PROMPTS)
 
 
 def test_kinds_are_checked():

@@ -29,7 +29,7 @@ from ...core.prompt_search import Ledger
 from ...core.sampling import SEED_STEP
 from ...core.trials import Meter, Trials, assembled, in_batches, item_keys, received
 from ...core.word_variants import LANGUAGES, TYPOS, orders, put_in, translations, typos
-from ...errors import SettingError
+from ...errors import MissingCapability, SettingError
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, setting
 from ...models.base import noise_generator
 
@@ -91,11 +91,18 @@ class LanguageVariants(Attack):
         not varied.  See :meth:`expunge.method.Attack.attack`.
 
         Raises:
-            SettingError: No kind is left, or the budget does not pay for one variant and one other seed.
+            MissingCapability: The model reads no texts.
+            SettingError: No kind is left, a given word is empty, or the budget does not pay for one variant and one
+                other seed.
         """
         concept, budget, prompts = received(self, model, concept, judge, budget, prompts)
         if not self.kinds:
             raise SettingError(f"{self.id}: kinds is empty; allowed are {', '.join(KINDS)}")
+        if model.tokenizer is None:
+            raise MissingCapability(
+                f"{self.id}: {model.name} is asked by names of classes, which cannot be said in other words; allowed "
+                "are models that read texts"
+            )
         meter = Meter(model)
         words = _Words(self, model, concept)
 
@@ -153,6 +160,11 @@ class _Words:
         own = {
             "synonym": method.synonyms, "euphemism": method.euphemisms, "metaphor": method.metaphors,
         }  # fmt: skip
+        for name, words in {**own, "translation": method.translated}.items():
+            if not all(text.strip() for text in words):
+                raise SettingError(
+                    f"{method.id}: the {name}s that were given hold an empty one; allowed are words"
+                )
         self.said = {
             kind: tuple(dict.fromkeys((*own[kind], *_spoken(model, concept, route))))
             for kind, route in ROUTES.items()
