@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from expunge.core.sampling import SHARED, outputs
-from expunge.method import Attempts, Judge, Method, Prompt, budget
+from expunge.method import Attempts, Budget, Judge, Method, Prompt, budget
 
 SEEDS = (0, 1, 2)
 PICTURES = int(os.environ.get("EXPUNGE_CLAIM_PICTURES", "134"))
@@ -154,16 +154,27 @@ def kept(model: Any) -> np.ndarray:
     return kept_of(lambda seed: contextlib.nullcontext(model))
 
 
-def attacks(method: Any, model: Any, each: int = ITEMS, allowance: str = "world") -> list[Attempts]:
-    """One attack run of every seed on its own prompts."""
-    make = world().companions.prompts
-    return [
-        method.attack(
-            model, star(), judge(), budget(allowance), prompts=make("star", each, seed=seed, split="test"),
-            reference=world(), seed=seed,
-        )
-        for seed in SEEDS
-    ]  # fmt: skip
+_ATTACKED: dict[str, list[Attempts]] = {}
+
+
+def attacks(
+    method: Any, model: Any, each: int = ITEMS, allowance: str | Budget = "world"
+) -> list[Attempts]:
+    """One attack run of every seed on its own prompts, made once for all claims of a process."""
+    make, own = world().companions.prompts, budget(allowance)
+    assert not model.controls, "what a control does has no name to keep a run under"
+    # Named by what a method resolves to: a setting that is spelled out and one left alone are one run.
+    state = (model.state.key, model.protocol_key)
+    key = repr((method.id, method.version, method.settings(), state, each, own))
+    if key not in _ATTACKED:
+        _ATTACKED[key] = [
+            method.attack(
+                model, star(), judge(), own, prompts=make("star", each, seed=seed, split="test"),
+                reference=world(), seed=seed,
+            )
+            for seed in SEEDS
+        ]  # fmt: skip
+    return _ATTACKED[key]
 
 
 def pre(made: Sequence[Attempts]) -> np.ndarray:
