@@ -6,17 +6,20 @@ Ordinal claims (arXiv 2410.08074), object "star", budget ``world``, test prompts
 
     brings-back       on ESD related pictures bring back more than on never, at some point of the curve
     related           on ESD related pictures bring back more than unrelated ones
-    concept           on ESD pictures of star itself bring back more than related ones (the upper bound)
+    concept           on ESD pictures of star itself bring back more than related ones (the upper bound; the original
+                      draws them, where the world renders the others, and the budget is raised by what that costs)
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
 import pytest
 
 from expunge.attack.diffusion.relearning_pictures import RelearningPictures
+from expunge.method import budget
 
 from . import setup
 
@@ -25,8 +28,12 @@ pytestmark = pytest.mark.claims
 
 @functools.cache
 def attempts(arm: str, data: str):
+    method, allowance = RelearningPictures.configured("world", data=data), budget("world")
+    if data == "concept":
+        drawn = method.pictures * 2 * method.steps
+        allowance = dataclasses.replace(allowance, denoiser_rows=allowance.denoiser_rows + drawn)
     with setup.arm(arm) as model:
-        return setup.attacks(RelearningPictures.configured("world", data=data), model)
+        return setup.attacks(method, model, allowance=allowance)
 
 
 def curve(arm: str, data: str) -> dict[str, np.ndarray]:
