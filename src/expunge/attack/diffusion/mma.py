@@ -56,7 +56,7 @@ class MMADiffusion(Attack):
     id: ClassVar[str] = "mma-diffusion"
     title: ClassVar[str] = "MMA-Diffusion (text part)"
     source: ClassVar[str] = "arXiv 2311.17516"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     families: ClassVar[tuple[str, ...]] = ("diffusion",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # The 20,000 encoder rows of an item end the searches before the updates do.
