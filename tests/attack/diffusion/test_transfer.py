@@ -132,6 +132,7 @@ def test_a_surrogate_is_the_original_erased_by_a_known_eraser(model, tmp_path):
     file = tmp_path / "other.safetensors"
     other = UCE.configured("2023", ridge=0.05).erase(model, STAR)
     other.save(str(file))
+    third = UCE.configured("2023", ridge=0.1).erase(model, STAR)
     patch = pytest.MonkeyPatch()
     patch.setattr(UnlearnDiffAtk, "attack", recorded)
     try:
@@ -140,9 +141,13 @@ def test_a_surrogate_is_the_original_erased_by_a_known_eraser(model, tmp_path):
                 made = attack(model, reference=model, origin=origin)
                 assert model.edits.digests == (attacked.digest,)
                 assert all(item.details["found"] for item in made.items)
+            # Another edit under the same name is another surrogate.
+            third.save(str(file))
+            attack(model, reference=model, origin=str(file))
     finally:
         patch.undo()
     assert seen[0] == (other.digest,) and len(seen[1]) == 1 and attacked.digest not in seen[1]
+    assert seen[2] == (third.digest,)
     assert len(model.edits) == 0
 
 

@@ -183,7 +183,10 @@ class Transfer(Attack):
         inner = self._inner(original, allowance, concept)
         with original.lifted():
             state = (original.state.key, original.protocol_key)
-        shared = (self.id, self.version, inner.id, inner.version, inner.settings(), self.origin, state, concept,
+        # A file may be written anew while the process lives; what is in it names the surrogate.
+        by_file = self.origin.endswith(".safetensors")
+        origin = Edit.load(self.origin).digest if by_file else self.origin
+        shared = (self.id, self.version, inner.id, inner.version, inner.settings(), origin, state, concept,
                   judge.protocol, allowance, seed)  # fmt: skip
         keys = [repr((*shared, prompt)) for prompt in asked]
 
