@@ -221,3 +221,20 @@ def test_the_middle_is_cut_out_of_what_is_not_square(clip: CLIPModel) -> None:
     np.testing.assert_allclose(
         score.scores(wide, PROMPTS), score.scores(PICTURES, PROMPTS), atol=1e-4
     )
+
+
+@pytest.mark.parametrize(("pictures", "prompts"), [(1, 3), (3, 1), (0, 0)])
+def test_one_picture_is_not_scored_with_every_prompt(
+    clip: CLIPModel, pictures: int, prompts: int
+) -> None:
+    with pytest.raises(InputError, match=f"CLIP score: {pictures} pictures and {prompts} prompts"):
+        ClipScore(clip, Letters(), "small").scores(PICTURES[:pictures], PROMPTS[:prompts])
+
+
+@pytest.mark.parametrize(
+    "pictures", [PICTURES / 255, PICTURES[..., :1], PICTURES[..., 0]], ids=["float", "grey", "flat"]
+)
+def test_only_coloured_bytes_are_pictures(clip: CLIPModel, pictures: np.ndarray) -> None:
+    # Values from 0 to 1 were once scaled down again, so that a score of black pictures came out.
+    with pytest.raises(InputError, match="must be uint8"):
+        ClipScore(clip, Letters(), "small").scores(pictures, PROMPTS)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..edit.files import tensors_digest
-from ..errors import ModelError, SettingError
+from ..errors import InputError, ModelError, SettingError
 
 __all__ = [
     "CLIP_MEAN",
@@ -57,9 +57,17 @@ def pixels(
         mean, std: Of each channel, for values from 0 to 1.
         squeeze: Change the shape of what is not square; otherwise its middle is cut out.
         resize: ``bicubic`` or ``bilinear``.
+
+    Raises:
+        InputError: They are no such pictures: values from 0 to 1 would all pass for black, grey ones for coloured ones.
     """
+    given = np.asarray(pictures)
+    if given.ndim != 4 or given.shape[-1] != 3 or given.dtype != np.uint8:
+        raise InputError(
+            f"pictures must be uint8 (n, height, width, 3), got {given.dtype} {given.shape}"
+        )
     # Arrays of pictures that were read from files cannot be written to, and torch warns of such.
-    ready = np.require(pictures, requirements=["C", "W"])
+    ready = np.require(given, requirements=["C", "W"])
     found = torch.as_tensor(ready).permute(0, 3, 1, 2) / 255
     if not squeeze:
         side = min(found.shape[-2:])

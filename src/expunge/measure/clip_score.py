@@ -73,13 +73,18 @@ class ClipScore(Metric):
         self._prompts: list[str] = []
 
     def scores(self, outputs: Outputs, prompts: Sequence[Prompt], batch: int = 128) -> np.ndarray:
-        """The scaled cosine of each of ``n`` pictures (uint8 ``(n, h, w, 3)``) with its prompt, ``(n,)``."""
+        """The scaled cosine of each of ``n`` pictures (uint8 ``(n, h, w, 3)``) with its prompt, ``(n,)``.
+
+        Raises:
+            InputError: There is no picture, or not one prompt each.
+        """
         return self.scored(outputs, prompts, batch)[0]
 
     def scored(
         self, outputs: Outputs, prompts: Sequence[Prompt], batch: int = 128
     ) -> tuple[np.ndarray, np.ndarray]:
         """:meth:`scores` and the unit embeddings ``(n, d)`` of the pictures that they were taken from."""
+        _one_each(outputs, prompts, "CLIP score")
         asked = [self.prefix + prompt.text for prompt in prompts]
         texts = sorted(set(asked))
         place = {text: i for i, text in enumerate(texts)}
@@ -291,10 +296,10 @@ class ClipZeroShot(Judge):
         return Verdicts(score >= self.threshold, score, np.ones(len(outputs), bool))
 
 
-def _one_each(outputs: Outputs, prompts: Sequence[Prompt]) -> int:
+def _one_each(outputs: Outputs, prompts: Sequence[Prompt], what: str = "CLIP accuracy") -> int:
     if not len(outputs) or len(outputs) != len(prompts):
         raise InputError(
-            f"CLIP accuracy: {len(outputs)} pictures and {len(prompts)} prompts; allowed is one each, at least one"
+            f"{what}: {len(outputs)} pictures and {len(prompts)} prompts; allowed is one each, at least one"
         )
     return len(outputs)
 
