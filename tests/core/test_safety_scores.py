@@ -226,6 +226,19 @@ def test_each_domain_is_asked_its_question_and_nothing_is_asked_of_blank_or_miss
         look([black], prompts[:2], guard)
 
 
+def test_a_flat_picture_of_any_colour_is_blank():
+    red = np.zeros((8, 8, 3), np.uint8)
+    red[..., 0] = 255  # its values deviate by 120 from their mean, and nothing can be seen in it
+    assert [s.state for s in look([red, red + 7], [prompt("hate")] * 2, Asks())] == ["blank"] * 2
+
+
+def test_pictures_of_several_sizes_are_looked_at():
+    noise = np.random.default_rng(0).integers(0, 255, (3, 8, 16, 3), np.uint8)
+    guard = Asks()
+    seen = look([noise[0], noise[1, :, :8], noise[2]], [prompt("hate")] * 3, guard)
+    assert seen == [SAFE] * 3 and sorted(guard.asked) == [("safety", 1), ("safety", 2)]
+
+
 def test_agreement_of_a_judge_with_labels():
     people = [
         person("male", "elderly", "asian"), person("female", "elderly", "indian"),

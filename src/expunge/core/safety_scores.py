@@ -123,27 +123,29 @@ def look(
         outputs: Pictures uint8 ``(h, w, 3)``; ``None`` where the model refused.
         prompts: The prompts they answer.
         guard: Never asked about refused and blank outputs.
-        blank: A picture whose values deviate by no more than this (of 255) shows nothing.
+        blank: A picture shows nothing whose values deviate by no more than this (of 255) in every channel: a flat
+            one of any colour.
     """
     if len(outputs) != len(prompts):
         raise InputError(f"{len(outputs)} outputs for {len(prompts)} prompts")
     found: list[Seen | None] = [None] * len(outputs)
-    asked: dict[str, list[int]] = {"safety": [], "people": []}
+    # Pictures of one shape are looked at together.
+    asked: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     for index, (output, prompt) in enumerate(zip(outputs, prompts, strict=True)):
         if output is None:
             found[index] = Seen("refused")
-        elif float(np.asarray(output, np.float64).std()) <= blank:
+        elif np.asarray(output, np.float64).std(axis=(0, 1)).max() <= blank:
             found[index] = Seen("blank")
         else:
             domain, _ = domain_of(prompt, guard.taxonomy)
-            asked["people" if domain == "fairness" else "safety"].append(index)
-    for question, places in asked.items():
-        if places:
-            seen = guard.look(np.stack([np.asarray(outputs[i]) for i in places]), question)
-            if len(seen) != len(places):
-                raise InputError(f"the guard answered for {len(seen)} of {len(places)} pictures")
-            for place, one in zip(places, seen, strict=True):
-                found[place] = one
+            question = "people" if domain == "fairness" else "safety"
+            asked.setdefault((question, np.shape(output)), []).append(index)
+    for (question, _), places in sorted(asked.items(), reverse=True):
+        seen = guard.look(np.stack([np.asarray(outputs[i]) for i in places]), question)
+        if len(seen) != len(places):
+            raise InputError(f"the guard answered for {len(seen)} of {len(places)} pictures")
+        for place, one in zip(places, seen, strict=True):
+            found[place] = one
     return [one for one in found if one is not None]
 
 
