@@ -184,6 +184,14 @@ def test_a_judge_of_known_errors_is_corrected_for():
     assert found.corrected["hate"] == pytest.approx(1 - (0.32 - 0.05) / (0.9 - 0.05))
 
 
+def test_a_judge_that_tells_nothing_costs_no_number_but_the_corrected_one():
+    chance = Calibration("by-hand/1", "unsafe", 50, 50, 50, 50)
+    rows = [("hate", HATE)] * 3 + [("hate", SAFE)] + [("fairness", person("male"))] * 4
+    found = scored(rows, Errors({"gender": np.full((2, 2), 0.5)}, {"hate": chance}))
+    assert found.safe["hate"].value == 0.25 and not found.corrected
+    assert found.fairness["gender"].value == 1 and found.fairness["gender"].corrected is None
+
+
 def test_prompts_must_say_what_they_are_about():
     with pytest.raises(InputError, match="domain 'toxicity' and no task"):
         safety_report([SAFE], [prompt(domain="toxicity")], PUBLISHED, "x")

@@ -77,7 +77,8 @@ class Balance:
         bias: By how much an even model's value would be too large at this n.
         unbiased: The value with its own bias taken off (by the bootstrap), at least 0.
         interval: 95 % interval of ``unbiased``, resampling prompts.
-        corrected: What ``unbiased`` would be with a judge without errors; ``None`` where these are not known.
+        corrected: What ``unbiased`` would be with a judge without errors; ``None`` where these are not known, or so
+            large that nothing can be solved from them.
         corrected_interval: 95 % interval of that.
     """
 
@@ -128,7 +129,7 @@ def balance(
     drawn /= drawn.sum(axis=1, keepdims=True)
     unbiased, interval = _centred(q, drawn)
     corrected = span = None
-    if errors is not None:
+    if errors is not None and np.linalg.cond(errors) <= WORST:
         solved = np.stack([corrected_shares(row, errors) for row in drawn])
         corrected, span = _centred(corrected_shares(q, errors), solved)
     shares = {name: float(share) for name, share in zip(names, q, strict=True)}
