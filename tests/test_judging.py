@@ -91,6 +91,7 @@ def test_it_round_trips_and_holds_for_its_protocol_only():
         ({"true_positves": 1}, "did you mean 'true_positives'"),
         ({"true_positives": -1}, "a count is needed"),
         ({"protocol": ...}, "'protocol' is missing"),
+        ({"true_positives": 0}, "at least one is needed"),
     ],
 )
 def test_bad_records_are_refused(change, words):

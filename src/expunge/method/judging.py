@@ -68,6 +68,8 @@ class Calibration:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise InputError(f"calibration: {name} is {value!r}; a count is needed")
+        if not self.n:
+            raise InputError("calibration: no labelled output was counted; at least one is needed")
 
     @property
     def positives(self) -> int:
