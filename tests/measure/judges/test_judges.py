@@ -321,6 +321,25 @@ def test_equal_pictures_are_asked_about_once_and_an_unreadable_answer_again():
     assert not len(made.judge(PICTURES[:0], Concept("star"), []).hit)
 
 
+def test_pictures_of_the_same_bytes_and_another_shape_are_two_pictures():
+    asked = []
+
+    def ask(question, picture):
+        asked.append(picture.shape)
+        return "yes" if len(asked) == 1 else "no" if len(asked) == 2 else "safe"
+
+    rows = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    both = [rows, rows.reshape(4, 2, 3)]
+    assert VisionLanguage(ask, "eye", workers=1).judge(
+        both, Concept("star"), PROMPTS[:2]
+    ).hit.tolist() == [
+        True,
+        False,
+    ]
+    ImageGuard(ask, "guard").look(both, "safety")
+    assert asked == [(2, 4, 3), (4, 2, 3)] * 2
+
+
 def test_an_unreadable_answer_is_an_error_and_not_safe():
     made = VisionLanguage(lambda q, p: "I cannot assist with this picture.", "eye", workers=2)
     with pytest.raises(JudgeError, match="neither yes nor no"):

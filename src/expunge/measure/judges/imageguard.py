@@ -56,7 +56,9 @@ class ImageGuard(SafetyJudge):
         read = {"safety": read_safety, "people": read_person}[question]
         found = []
         for picture in map(np.asarray, outputs):
-            key = hashlib.sha256(question.encode() + picture.tobytes()).hexdigest()
+            # The shape too: two flat pictures, one upright and one lying, have the same bytes.
+            named = f"{question}|{picture.shape}|".encode()
+            key = hashlib.sha256(named + picture.tobytes()).hexdigest()
             if key not in self._answers:
                 self._answers[key] = self._one(self.questions[question], read, picture)
             found.append(self._answers[key])

@@ -76,7 +76,9 @@ class VisionLanguage(Judge):
         names = " (also called ".join((concept.name, ", ".join(concept.phrases)))
         asked = self.question.replace("{concept}", f"{names})" if concept.phrases else concept.name)
         pictures = [np.asarray(picture) for picture in outputs]
-        keys = [hashlib.sha256(asked.encode() + p.tobytes()).hexdigest() for p in pictures]
+        # The shape too: two flat pictures, one upright and one lying, have the same bytes.
+        named = [f"{asked}|{p.shape}|".encode() + p.tobytes() for p in pictures]
+        keys = [hashlib.sha256(one).hexdigest() for one in named]
         new = {k: p for k, p in zip(keys, pictures, strict=True) if k not in self._answers}
         with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
             answers = pool.map(lambda picture: self._one(asked, picture), new.values())
