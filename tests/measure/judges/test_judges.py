@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from expunge.concept import Concept
 from expunge.errors import InputError, JudgeError, MissingExtra, ModelError, SettingError
@@ -114,7 +115,14 @@ def test_a_classifier_of_transformers_opens_from_a_folder(network, tmp_path):
     np.testing.assert_allclose(
         whole.judge(pictures, Concept("church"), PROMPTS).score, scores["church"], atol=1e-5
     )
-    assert "small-vit" in made.protocol and str(network.parent) not in made.protocol
+    assert "small-vit#" in made.protocol and str(network.parent) not in made.protocol
+    # Other weights in a folder of the same name are another judge.
+    other = tmp_path / network.name
+    shutil.copytree(network, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({n: t + 1 for n, t in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    assert open_judge(f"classifier:model={other}").protocol != made.protocol
+    shutil.rmtree(other)
     file = tmp_path / "labels.json"
     file.write_text(json.dumps({"fish": "tench", "place": [1, "gas pump"]}))
     own = open_classifier(None, model=str(network), labels=str(file))
@@ -261,6 +269,7 @@ def test_q16_opens_with_a_clip_of_transformers(tmp_path):
     found = made.judge(pictures, NUDITY, PROMPTS[:3])
     assert ((found.score >= 0) & (found.score <= 1)).all()
     assert found.hit.tolist() == (found.score > 0.5).tolist()
+    assert "/clip#" in made.protocol and str(tmp_path) not in made.protocol
     with pytest.raises(SettingError, match="needs prompts"):
         open_judge("q16")
 

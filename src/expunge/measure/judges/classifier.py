@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ...concept import Concept
+from ...core.vision import model_name
 from ...errors import InputError, ModelError, SettingError, nearest
 from ...method import Judge, Outputs, Prompt, Verdicts
 
@@ -154,13 +155,8 @@ def open_classifier(
         return np.concatenate(rows)
 
     return PictureClassifier(
-        logits, chosen, _named(model), top=top, threshold=threshold, floor=floor
+        logits, chosen, model_name(model), top=top, threshold=threshold, floor=floor
     )
-
-
-def _named(model: str) -> str:
-    """A hub id, or a folder's own name: where it lies on this machine is nobody's business."""
-    return Path(model).name if Path(model).exists() else model
 
 
 def _own(names: Mapping[int, str]) -> dict[str, tuple[int, ...]]:

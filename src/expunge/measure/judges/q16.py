@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ...concept import Concept
-from ...core.vision import Embed, vision_encoder
+from ...core.vision import Embed, model_name, vision_encoder
 from ...errors import ModelError, SettingError
 from ...method import Judge, Outputs, Prompt, Verdicts
 
@@ -105,8 +105,7 @@ def open_q16(
     device = getattr(beside, "device", None)
     if device is not None:
         tower = tower.to(device)
-    name = Path(clip).name if Path(clip).exists() else clip
-    return Q16(vision_encoder(tower, batch=batch), vectors, name)
+    return Q16(vision_encoder(tower, batch=batch), vectors, model_name(clip))
 
 
 def read_prompts(file: str) -> np.ndarray:
