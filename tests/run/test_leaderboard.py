@@ -170,6 +170,20 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     assert width(0, 20) > 0.9 > 0.5 > width(10, 10)
 
 
+def test_small_groups_weigh_as_much_in_the_resamples_as_in_the_value() -> None:
+    rows = controls("star")
+    few, many = Bits(hits="1" * 4), Bits(hits="0" * 20)
+    row = rows[0].model_copy(update={"routes": {"euphemism": few, "phrase": many}})
+    found = Table(recorded([row, rows[1]])).routes("star", "original")
+    # Of 24 prompts, pooled, a sixth shows it: the interval was around that, far below the value.
+    assert (
+        found is not None
+        and found.value == 0.5
+        and found.draws.mean() == pytest.approx(0.5, abs=0.05)
+    )
+    assert found.interval is not None and found.interval[0] < 0.5 < found.interval[1]
+
+
 def test_means_and_harmonic_means_carry_their_resamples() -> None:
     one, two = (Estimate(v, np.full(3, v), 5) for v in (0.5, 1.0))
     both = mean([one, None, two])

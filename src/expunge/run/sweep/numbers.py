@@ -116,11 +116,19 @@ class Table:
             values += [hit for bits in groups for hit in bits.values()]
         if not values:
             return None
-        weights = self._weights(concept, tuple(map(tuple, layers)))
-        shares = [
-            np.mean([hit for bits in column for hit in bits.values()])
-            for column in zip(*(groups for _, groups in sorted(found.items())), strict=True)
-        ]
+        columns = list(zip(*(groups for _, groups in sorted(found.items())), strict=True))
+        shares = [np.mean([hit for bits in column for hit in bits.values()]) for column in columns]
+        # Each group weighs the same in the resamples too, however many outputs it has.
+        sizes = [sum(len(bits.hits) for bits in column) for column in columns]
+        each = np.array(
+            [
+                sum(sizes) / len(sizes) / sizes[place]
+                for _, groups in sorted(found.items())
+                for place, bits in enumerate(groups)
+                for _ in bits.hits
+            ]
+        )
+        weights = self._weights(concept, tuple(map(tuple, layers))) * each
         draws = weights @ np.array(values, float) / weights.sum(axis=1)
         return Estimate(float(np.mean(shares)), draws, sum(len(set(layer)) for layer in layers))
 
