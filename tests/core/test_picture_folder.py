@@ -107,3 +107,17 @@ def test_bad_prompt_files_are_refused_in_words(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(PromptError, match=words):
         prompts_of(["a.png"], tmp_path / name)
+
+
+def test_only_line_feeds_part_prompts(tmp_path):
+    odd = "one\u2028half \x85 more"
+    for name, content in (
+        ("p.txt", f"{odd}\r\ntwo\r\n"),
+        ("p.csv", f'prompt\r\n"{odd}"\r\ntwo\r\n'),
+        ("p.jsonl", "\n".join(json.dumps({"text": t}, ensure_ascii=False) for t in (odd, "two"))),
+    ):
+        (tmp_path / name).write_bytes(content.encode())
+        assert texts(["0.png", "1.png"], tmp_path / name) == [odd, "two"]
+    table = tmp_path / "lines.csv"
+    table.write_text('prompt\n"a\nb"\nc\n')  # a cell of two lines is one prompt
+    assert texts(["0.png", "1.png"], table) == ["a\nb", "c"]

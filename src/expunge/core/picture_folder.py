@@ -7,6 +7,7 @@ prompt is found by its file name, or by the number that its name begins with (``
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -140,11 +141,13 @@ def prompts_of(names: Sequence[str], file: str | os.PathLike[str]) -> list[Promp
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise PromptError(f"{path.name}: byte {error.start} is not UTF-8") from None
     if path.suffix == ".csv":
-        return list(csv.DictReader(lines))
+        return list(csv.DictReader(io.StringIO(text, newline="")))
+    # Only line feeds part lines: a prompt may hold U+2028, at which str.splitlines would cut it.
+    lines = list(io.StringIO(text, newline=None))
     if path.suffix != ".jsonl":
         return [{"text": line.strip()} for line in lines if line.strip()]
     rows = []

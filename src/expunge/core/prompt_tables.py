@@ -258,7 +258,9 @@ def _csv(name: str, text: str, schema: type[Row], suffix: str) -> Iterable[Mappi
 def _json(name: str, text: str, suffix: str) -> Sequence[Any]:
     lines: Sequence[tuple[int, str]] = [(1, text)]
     if suffix == ".jsonl":
-        lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        # Only line feeds part lines: str.splitlines would cut a prompt at U+2028.
+        whole = io.StringIO(text, newline=None)
+        lines = [(n, line) for n, line in enumerate(whole, 1) if line.strip()]
     found: list[Any] = []
     for number, line in lines:
         try:
