@@ -10,8 +10,10 @@ import pytest
 from expunge import audit
 from expunge.errors import ConceptError, SettingError
 from expunge.evidence import Evidence
+from expunge.evidence.calibrating import calibration_flags
+from expunge.evidence.schema import JudgeRecord
 from expunge.measure import judges
-from expunge.method import Judge, Verdicts
+from expunge.method import Calibration, Judge, Verdicts
 from expunge.models.base import Labelled
 
 from .stubs import STAR, companions, triad
@@ -72,6 +74,15 @@ def test_another_judge_is_calibrated_only_where_it_is_asked_for():
         "50" in flag.message and "sees the concept" in flag.message and "misses it" in flag.message
     )
     assert run(calibrate=0).calibration is None
+
+
+def test_a_reader_is_warned_from_the_limits_on():
+    def codes(*counts):
+        record = JudgeRecord.model_validate(Calibration("careless/1", "star", *counts).to_dict())
+        return [flag.code for flag in calibration_flags(record)]
+
+    assert codes(100, 5, 95, 0) == codes(80, 0, 100, 20) == ["judge-errs"]
+    assert codes(100, 4, 96, 0) == codes(81, 0, 100, 19) == []
 
 
 def test_a_calibration_the_judge_brings_is_kept():

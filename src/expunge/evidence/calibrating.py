@@ -68,7 +68,7 @@ def calibration_flags(record: JudgeRecord | None) -> list[Flag]:
         (None if record.true_positive_rate is None else 1 - record.true_positive_rate, MISSED,
          "misses it in {} of labelled outputs that show it"),
     ):  # fmt: skip
-        if value is not None and value > limit:
+        if value is not None and value > limit - 1e-9:  # 1 - 0.8 is a little below 0.2
             found.append(words.format(f"{100 * value:.0f}\u00a0%"))
     if not found:
         return []
