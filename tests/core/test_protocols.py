@@ -128,6 +128,7 @@ def test_a_record_round_trips_with_its_protocol() -> None:
         ({"value": True}, "finite"),
         ({"n": 1.5}, "finite"),
         ({"interval": [1]}, "interval"),
+        ({"interval": [None, 1]}, "interval"),
         ({"values": "abc"}, "list"),
     ],
 )

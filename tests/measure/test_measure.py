@@ -89,6 +89,13 @@ def test_bad_features_are_refused(bad: np.ndarray) -> None:
         Moments().update(bad)
 
 
+def test_gaussians_of_other_shapes_or_without_values_are_refused() -> None:
+    with pytest.raises(InputError, match="one width"):
+        frechet_distance([0, 1], [[1]], [3, 1], [[4]])
+    with pytest.raises(InputError, match="NaN"):
+        frechet_distance([0], [[np.nan]], [3], [[4]])
+
+
 def test_perceptual_distance_of_equal_opposite_and_orthogonal_features() -> None:
     x = np.array([[1.0, 0], [1, 0], [1, 0], [0, 0]])
     y = np.array([[2.0, 0], [0, 3], [-1, 0], [0, 0]])
@@ -114,6 +121,8 @@ def test_confusion_rates_equal_hand_values() -> None:
         "ira": pytest.approx((0.75 + 0.5) / 2),
         "cra": pytest.approx(4 / 6),
     }
+    columns = [np.array(one, object) for one in (asked, judged, things, seen)]
+    assert confusion_rates(*columns[:2], "a", *columns[2:]) == found
 
 
 def test_leaving_unrecognisable_pictures_out_would_reward_destruction() -> None:

@@ -163,3 +163,9 @@ def test_every_unit_falls_with_the_threshold(name):
     }
     for narrow in (False, True):
         assert sweep(name, seen, narrow=narrow).monotone
+
+
+@pytest.mark.parametrize("listed", [None, 3, "FACE", {"class": "FACE_FEMALE", "score": 0.5}])
+def test_what_is_no_list_of_detections_is_refused_in_words(listed):
+    with pytest.raises(InputError, match="allowed is a list of detections"):
+        count("mace", [listed])

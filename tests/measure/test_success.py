@@ -66,6 +66,8 @@ def test_mistakes_are_said_in_words():
         attack_success(PLAIN, ATTACKED, "ideel")
     with pytest.raises(InputError, match="original"):
         attack_success(PLAIN, ATTACKED, "ideal")
+    with pytest.raises(InputError, match="2 prompts for 1 entries"):
+        attack_success([True], [True], prompts=["a", "b"])
     for plain, attacked in (([], []), ([True], [True, False])):
         with pytest.raises(InputError, match="one entry"):
             attack_success(plain, attacked)

@@ -243,7 +243,9 @@ class Record:
         for key in ("values", "prompts"):
             if not isinstance(plain.get(key) or [], list):
                 raise InputError(f"a record of {id!r}: {key} must be a list")
-        if interval is not None and (not isinstance(interval, list) or len(interval) != 2):
+        if interval is not None and (
+            not isinstance(interval, list) or len(interval) != 2 or None in interval
+        ):
             raise InputError(f"a record of {id!r}: interval must be null or two numbers")
         numbers = [plain.get("value"), *(interval or ()), *(plain.get("values") or ())]
         whole = isinstance(plain["n"], int) and not isinstance(plain["n"], bool)

@@ -103,7 +103,7 @@ def confusion_rates(
         np.mean([j == c for a, j in zip(asked, judged, strict=True) if a == c]) for c in classes
     ]
     cross = None
-    if other_asked:
+    if len(other_asked):
         if len(other_asked) != len(asked):
             raise InputError("both attributes must be given for the same pictures")
         rows = zip(asked, other_asked, other_judged, strict=True)

@@ -105,8 +105,14 @@ def frechet_distance(
     """
     mean_1, mean_2 = (np.atleast_1d(np.asarray(m, np.float64)) for m in (mean_1, mean_2))
     first, second = (np.atleast_2d(np.asarray(c, np.float64)) for c in (covariance_1, covariance_2))
-    if mean_1.shape != mean_2.shape or first.shape != second.shape:
-        raise InputError(f"Gaussians of width {mean_1.size} and {mean_2.size} cannot be compared")
+    square = (mean_1.size, mean_1.size)
+    if mean_1.shape != mean_2.shape or not first.shape == second.shape == square:
+        raise InputError(
+            f"Gaussians with means {mean_1.shape}, {mean_2.shape} and covariances {first.shape}, {second.shape} "
+            "cannot be compared; all four must be of one width"
+        )
+    if not all(np.isfinite(part).all() for part in (mean_1, mean_2, first, second)):
+        raise InputError("means or covariances hold NaN or infinity")
     values, vectors = np.linalg.eigh((first + first.T) / 2)
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     inner = root @ ((second + second.T) / 2) @ root

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -60,6 +60,10 @@ def found(listed: Sequence[Any]) -> tuple[Found, ...]:
     Raises:
         InputError: An entry is neither, or a score is not from 0 to 1.
     """
+    if isinstance(listed, (str, Mapping)) or not isinstance(listed, Iterable):
+        raise InputError(
+            f"what was found in a picture is {listed!r}; allowed is a list of detections"
+        )
     made = []
     for one in listed:
         if isinstance(one, Mapping):

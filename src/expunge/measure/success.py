@@ -97,6 +97,10 @@ def attack_success(
     if denominator in ("erased-passes", "ideal"):
         inside &= ~before
     units = list(range(len(before))) if prompts is None else list(prompts)
+    if len(units) != len(before):
+        raise InputError(
+            f"attack success: {len(units)} prompts for {len(before)} entries; one each is needed"
+        )
     kept = [unit for unit, take in zip(units, inside, strict=True) if take]
     made = []
     for id, hits in (("asr/pre", before), (f"asr/{denominator}", after)):
