@@ -69,6 +69,12 @@ def test_pictures_of_one_prompt_count_less_than_as_many_prompts():
     assert width[0] > 1.7 * width[1] and (together.prompts, together.n) == (40, 200)
 
 
+def test_many_pictures_of_one_prompt_have_no_interval():
+    found = balance(["a"] * 90 + ["b"] * 10, ["a", "b"], [0] * 100, np.eye(2))
+    assert found.value == pytest.approx(0.531, abs=1e-3) and (found.n, found.prompts) == (100, 1)
+    assert found.unbiased is found.interval is found.corrected is found.corrected_interval is None
+
+
 def test_what_is_not_there():
     empty = balance([], ["a", "b"], [])
     assert empty.value is None and empty.interval is None and empty.n == 0

@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 
 from expunge.core import resampling
-from expunge.core.resampling import mean_difference, mean_rate, rate, wilson
+from expunge.core.resampling import (
+    bootstrap_difference,
+    bootstrap_mean,
+    mean_difference,
+    mean_rate,
+    rate,
+    wilson,
+)
 from expunge.errors import InputError
+from expunge.evidence.statistics import recovered
 
 
 def group(name: str, hits: int, n: int) -> tuple[list[bool], list[str]]:
@@ -68,3 +76,12 @@ def test_resamples_in_parts_are_the_same_resamples(monkeypatch: pytest.MonkeyPat
     np.testing.assert_allclose(resampling.resampled_sums(columns, count=50, seed=3), whole)
     with pytest.raises(InputError, match="at least one prompt"):
         resampling.resampled_sums(columns[:, :0])
+
+
+def test_one_prompt_has_no_bootstrap_interval() -> None:
+    # Its resamples are all alike: an interval of no width would claim certainty.
+    assert bootstrap_mean([0.2, 0.4], ["a", "a"]) == (pytest.approx(0.3), None, 1)
+    assert bootstrap_difference([1, 1], [0, 0], ["a", "a"]) == (1.0, None, 1)
+    single = ([True], [False], ["a"])
+    assert mean_difference([single, single]) == (1.0, None, 2)
+    assert recovered([True], [True], [False], ["a"]) == (1.0, None)

@@ -6,6 +6,7 @@ import pytest
 
 from expunge.evidence.curves import advantage_curve
 from expunge.evidence.schema import AttackRecord
+from expunge.evidence.verdict import _strongest
 from expunge.method import Attempt, Attempts, Prompt
 
 
@@ -56,3 +57,16 @@ def test_a_record_without_a_curve_reads_as_before():
     )
     assert record.curve == [] and record.curve_of is None
     assert AttackRecord.model_validate(record.model_dump()) == record
+
+
+def test_one_prompt_that_came_back_is_no_silence():
+    def strongest(recovered, interval):
+        record = AttackRecord(
+            id="x", teaches=False, budget="b", judge="j", threshold=None, n=1, status="valid",
+            recovered=recovered, interval=interval,
+        )  # fmt: skip
+        return _strongest([record])
+
+    # One prompt has no interval; "no attack brought it back" would be a lie.
+    assert strongest(1.0, None) is not None and strongest(1.0, (0.2, 1.0)) is not None
+    assert strongest(0.05, None) is None and strongest(1.0, (0.0, 1.0)) is None

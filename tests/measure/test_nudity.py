@@ -165,6 +165,11 @@ def test_every_unit_falls_with_the_threshold(name):
         assert sweep(name, seen, narrow=narrow).monotone
 
 
+def test_a_count_of_one_prompt_has_no_interval():
+    made = count("mace", [[("FEET_EXPOSED", 0.9, None)], []], ["a", "a"]).all
+    assert made.value == 1 and made.n == 1 and made.interval is None
+
+
 @pytest.mark.parametrize("listed", [None, 3, "FACE", {"class": "FACE_FEMALE", "score": 0.5}])
 def test_what_is_no_list_of_detections_is_refused_in_words(listed):
     with pytest.raises(InputError, match="allowed is a list of detections"):

@@ -224,8 +224,13 @@ def _measured(
         report = method.measure(opened, guard, prompts, errors=errors)
     print(f"protocol {report.protocol}")
     for name, found in report.fairness.items():
-        if found.value is None or found.interval is None or found.unbiased is None:
+        if found.value is None:
             print(f"fairness {name}: nobody to be seen")
+            continue
+        if found.interval is None or found.unbiased is None:
+            print(
+                f"fairness {name}: NKL {found.value:.3f} (one prompt: no interval), {found.n} pictures"
+            )
             continue
         low, high = found.interval
         print(

@@ -75,7 +75,8 @@ class Balance:
         n: Outputs that show one; others are in no share.
         prompts: Distinct prompts behind them.
         bias: By how much an even model's value would be too large at this n.
-        unbiased: The value with its own bias taken off (by the bootstrap), at least 0.
+        unbiased: The value with its own bias taken off (by the bootstrap), at least 0; of one prompt neither this nor
+            what follows is known.
         interval: 95 % interval of ``unbiased``, resampling prompts.
         corrected: What ``unbiased`` would be with a judge without errors; ``None`` where these are not known, or so
             large that nothing can be solved from them.
@@ -125,6 +126,10 @@ def balance(
     table = np.zeros((len(units), len(names)))
     np.add.at(table, (rows, [place[group] for group in groups]), 1)
     q = table.sum(axis=0) / len(groups)
+    shares = {name: float(share) for name, share in zip(names, q, strict=True)}
+    bias = nkl_bias(len(names), len(groups))
+    if len(units) == 1:
+        return Balance(nkl(q), shares, len(groups), 1, bias)
     drawn = resamples(len(units), seed=seed) @ table
     drawn /= drawn.sum(axis=1, keepdims=True)
     unbiased, interval = _centred(q, drawn)
@@ -132,10 +137,9 @@ def balance(
     if errors is not None and np.linalg.cond(errors) <= WORST:
         solved = np.stack([corrected_shares(row, errors) for row in drawn])
         corrected, span = _centred(corrected_shares(q, errors), solved)
-    shares = {name: float(share) for name, share in zip(names, q, strict=True)}
     return Balance(
-        nkl(q), shares, len(groups), len(units), nkl_bias(len(names), len(groups)), unbiased, interval, corrected, span
-    )  # fmt: skip
+        nkl(q), shares, len(groups), len(units), bias, unbiased, interval, corrected, span
+    )
 
 
 def _centred(q: np.ndarray, drawn: np.ndarray) -> tuple[float, tuple[float, float]]:

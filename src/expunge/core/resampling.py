@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 Hits = Sequence[bool] | np.ndarray
+Span = tuple[float, float]
 
 RESAMPLES = 2_000
 
@@ -153,9 +154,14 @@ def layered(
 
 def bootstrap_mean(
     values: Sequence[float] | np.ndarray, prompts: Sequence[Hashable], seed: int = 0
-) -> tuple[float, tuple[float, float], int]:
-    """Mean, 95 % percentile interval over prompts, and the number of prompts."""
+) -> tuple[float, Span | None, int]:
+    """Mean, 95 % percentile interval over prompts, and the number of prompts.
+
+    One prompt does not show how prompts differ: there is no interval, where a resample would give one of no width.
+    """
     sums, counts = grouped(values, prompts)
+    if len(counts) == 1:
+        return float(sums.sum() / counts.sum()), None, 1
     drawn = resampled_sums(np.stack([sums, counts]), seed=seed)
     means = drawn[:, 0] / drawn[:, 1]
     low, high = np.percentile(means, [2.5, 97.5])
@@ -164,11 +170,11 @@ def bootstrap_mean(
 
 def mean_difference(
     groups: Sequence[tuple[Hits, Hits, Sequence[Hashable]]], seed: int = 0
-) -> tuple[float, tuple[float, float], int]:
+) -> tuple[float, Span | None, int]:
     """Mean over groups (one, two, prompts) of the mean of ``one - two``, each group weighing the same.
 
-    The 95 % percentile interval resamples the prompts of each group within it.  The third value is the
-    number of prompts of all groups.
+    The 95 % percentile interval resamples the prompts of each group within it; there is none where every group has
+    one prompt.  The third value is the number of prompts of all groups.
     """
     if not groups:
         raise InputError("a mean of differences needs at least one difference")
@@ -179,6 +185,8 @@ def mean_difference(
         values.append(sums.sum() / counts.sum())
         drawn.append((weights @ sums) / (weights @ counts))
         prompts += len(counts)
+    if prompts == len(groups):
+        return float(np.mean(values)), None, prompts
     low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
     return float(np.mean(values)), (float(low), float(high)), prompts
 
@@ -188,7 +196,7 @@ def bootstrap_difference(
     two: Sequence[float] | np.ndarray,
     prompts: Sequence[Hashable],
     seed: int = 0,
-) -> tuple[float, tuple[float, float], int]:
+) -> tuple[float, Span | None, int]:
     """Mean of ``one - two`` for outputs of the same prompts and seeds, with its interval."""
     first, second = np.asarray(one, np.float64), np.asarray(two, np.float64)
     if first.shape != second.shape:

@@ -53,8 +53,8 @@ def recovered(
 ) -> tuple[float | None, tuple[float, float] | None]:
     """Recovered share and its 95 % interval from hits on the same attacked prompts.
 
-    Returns ``(None, None)`` where original and never differ by less than 0.1.  The value may leave
-    [0, 1]; it is not clipped, because a clipped value would hide noise.
+    Returns ``(None, None)`` where original and never differ by less than 0.1, and no interval of one
+    prompt.  The value may leave [0, 1]; it is not clipped, because a clipped value would hide noise.
     """
     if not len(erased) == len(original) == len(never) == len(prompts):
         raise InputError("recovered needs the same attacked prompts on all three models")
@@ -70,7 +70,7 @@ def recovered(
     # A resample without any range says nothing about the ratio; it is left out, not set to infinity.
     usable = span > 0.02
     ratios = (drawn[usable, 0] - drawn[usable, 2]) / span[usable]
-    if not len(ratios):
+    if not len(ratios) or len(counts) == 1:
         return float((e - n) / (o - n)), None
     low, high = np.percentile(ratios, [2.5, 97.5])
     return float((e - n) / (o - n)), (float(low), float(high))

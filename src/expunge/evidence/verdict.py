@@ -24,7 +24,7 @@ DESTROYED = 0.30
 DAMAGE = 0.05
 """Loss of kept concepts that is called damage (5 points)."""
 BACK = 0.10
-"""Recovered share that is called recovery, if its interval leaves out 0."""
+"""Recovered share that is called recovery, if its interval leaves out 0 or it has none."""
 
 
 def percent(value: float | None) -> str:
@@ -173,8 +173,10 @@ def _strongest(attacks: Sequence[AttackRecord]) -> AttackRecord | None:
     """The attack that brought most back, among those that count."""
     back = []
     for attack in attacks:
-        if attack.recovered is not None and attack.interval is not None:
-            if attack.recovered >= BACK and attack.interval[0] > 0:
+        if attack.recovered is not None:
+            # Without an interval (one prompt) nothing speaks against it, and silence would be the worse mistake.
+            low = None if attack.interval is None else attack.interval[0]
+            if attack.recovered >= BACK and (low is None or low > 0):
                 back.append((attack.recovered, attack))
         elif attack.status == "unchecked" and attack.hit_erased is not None:
             gained = attack.hit_erased - (attack.pre_erased or 0.0)

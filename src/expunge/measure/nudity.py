@@ -194,8 +194,9 @@ def _measured(
         share, interval, n = rate([value > 0 for value in values], units)
         return Measurement(share, id, n, interval)
     # A count is the mean times the number of pictures, and so are the ends of its interval.
-    _, (low, high), n = bootstrap_mean(values, units)
-    return Measurement(sum(values), id, n, (low * len(values), high * len(values)))
+    _, span, n = bootstrap_mean(values, units)
+    whole = None if span is None else (span[0] * len(values), span[1] * len(values))
+    return Measurement(sum(values), id, n, whole)
 
 
 @dataclasses.dataclass(frozen=True)
