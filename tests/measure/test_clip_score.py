@@ -124,6 +124,8 @@ def test_zero_shot_classes_are_the_softmax_of_the_scores(clip: CLIPModel) -> Non
         judge.judge(PICTURES, Concept("women"), PROMPTS)
     with pytest.raises(SettingError, match="two"):
         ClipZeroShot(score, ("woman", "woman"))
+    with pytest.raises(SettingError, match="each of them once"):
+        ClipZeroShot(score, ("woman", "woman", "man"))
 
 
 def test_the_three_scales_of_one_score(clip: CLIPModel) -> None:

@@ -272,9 +272,10 @@ class ClipZeroShot(Judge):
     def __init__(
         self, clip: ClipScore, labels: Sequence[str], template: str = "a photo of a {}"
     ) -> None:
-        if len(set(labels)) < 2:
+        if len(labels) < 2 or len(set(labels)) < len(labels):
+            # A label that stands twice would have half its share.
             raise SettingError(
-                f"{self.id}: labels is {tuple(labels)!r}; at least two different ones are needed"
+                f"{self.id}: labels is {tuple(labels)!r}; at least two, each of them once, are needed"
             )
         self.clip, self.labels, self.template = clip, tuple(labels), template
         self.protocol = f"{self.id}/{clip.protocol}/{template}/{'|'.join(self.labels)}"

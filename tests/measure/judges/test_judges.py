@@ -79,6 +79,12 @@ def test_phrases_are_looked_up_and_an_unknown_concept_is_refused():
     assert not len(classifier().judge(PICTURES[:0], Concept("tench"), []).hit)
 
 
+@pytest.mark.parametrize("places", [(), (-1,)])
+def test_a_label_without_a_class_is_refused(places):
+    with pytest.raises(SettingError, match="at least one class from 0 on"):
+        PictureClassifier(lambda p: LOGITS, {"tench": places}, "hand")
+
+
 def test_imagenettes_classes_are_ten_places_among_a_thousand():
     places = sorted(place for (place,) in IMAGENETTE.values())
     assert places == [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]

@@ -68,6 +68,11 @@ class PictureClassifier(Judge):
                 )
         self.logits, self.top, self.threshold, self.floor = logits, top, threshold, floor
         self.labels = {label.lower(): tuple(places) for label, places in labels.items()}
+        for label, places in self.labels.items():
+            if not places or min(places) < 0:
+                raise SettingError(
+                    f"{self.id}: {label!r} has the places {places}; at least one class from 0 on is needed"
+                )
         digest = hashlib.sha256(json.dumps(sorted(self.labels.items())).encode()).hexdigest()[:8]
         self.protocol = f"classifier/1/{name}:top-{top}&probability>={threshold:g}&first>={floor:g}/labels={digest}"
 
