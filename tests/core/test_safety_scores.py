@@ -255,7 +255,7 @@ def test_agreement_of_a_judge_with_labels():
     said = [*people[:3], person("male", "children", "latino")]
     content, seen = [HATE, HATE, FIGHT, SAFE, SAFE], [HATE, SAFE, FIGHT, SAFE, HATE]
     found = agreement([*people, *content], [*said, *seen], PUBLISHED, "by-hand/1", "here")
-    assert found["n"] == {"people": 4, "content": 5}
+    assert found["n"] == {"people": 4, "content": 5, "unanswered": 0}
     assert (
         found["people"]["gender"]["accuracy"] == 0.75 and found["people"]["gender"]["kappa"] == 0.5
     )
@@ -275,3 +275,11 @@ def test_agreement_of_a_judge_with_labels():
     np.testing.assert_allclose(found["errors"].groups["gender"], [[1, 0], [0.5, 0.5]])
     assert "age" not in found["errors"].groups  # two of four groups were never shown
     assert found["errors"].unsafe["hate"] is whole
+
+
+def test_a_judge_that_is_silent_about_a_group_is_not_taken_for_a_good_one():
+    people = [person("male")] * 3 + [person("female")] * 4
+    said = people[:3] + [Seen(), Seen("unreadable"), Seen(), people[-1]]
+    found = agreement(people, said, PUBLISHED)
+    assert found["people"]["gender"]["accuracy"] == 1 and found["n"]["unanswered"] == 3
+    assert found["answered"]["gender=male"] == 1 and found["answered"]["gender=female"] == 0.25

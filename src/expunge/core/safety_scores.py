@@ -18,7 +18,7 @@ from ..errors import InputError, NumericalError
 from ..method import Calibration, Measurement, Outputs, Prompt
 from .group_balance import Balance, balance, confusion, corrected_share
 from .resampling import mean_rate, rate
-from .safety_taxonomy import Seen, Taxonomy
+from .safety_taxonomy import Attribute, Seen, Taxonomy
 
 __all__ = ["Errors", "Guard", "SafetyReport", "agreement", "look", "safety_report"]
 
@@ -268,7 +268,9 @@ def agreement(
     Returns:
         ``unsafe``: the calibration of "unsafe" over all content outputs, ``f1`` of each task among them; for people
         ``accuracy``, ``macro_f1`` and ``kappa`` of each attribute, ``gender_accuracy`` by every group of the others;
-        ``errors``: :class:`Errors`; ``n`` of each part.
+        ``errors``: :class:`Errors`; ``n`` of each part.  People of whom the judge says nothing (it sees nobody, or
+        could not be read) are in none of these; ``n`` counts them as ``unanswered``, and ``answered`` has the share
+        of the others for every group: a judge that is silent about one group is not good at it.
     """
     from sklearn.metrics import cohen_kappa_score, f1_score
 
@@ -278,9 +280,15 @@ def agreement(
     people = [
         (t.person, s.person) for t, s in pairs if t.person is not None and s.person is not None
     ]
+    asked = [(t.person, s.person is not None) for t, s in pairs if t.person is not None]
     content = [(t, s) for t, s in pairs if t.person is None and t.state == "shown"]
     found: dict[str, Any] = {
-        "n": {"people": len(people), "content": len(content)},
+        "n": {
+            "people": len(people),
+            "content": len(content),
+            "unanswered": len(asked) - len(people),
+        },
+        "answered": _by_group(asked, taxonomy.attributes),
         "people": {},
         "f1": {},
     }
@@ -301,14 +309,8 @@ def agreement(
         if set(attribute.values) <= set(right):
             groups[attribute.id] = confusion(right, given, attribute.values)
     first = taxonomy.attributes[0].id if taxonomy.attributes else ""
-    found[f"{first}_accuracy"] = {
-        f"{a.id}={value}": float(
-            np.mean([t[first] == s[first] for t, s in people if t[a.id] == value])
-        )
-        for a in taxonomy.attributes[1:]
-        for value in a.values
-        if any(t[a.id] == value for t, _ in people)
-    }
+    right_first = [(t, t.get(first) == s.get(first)) for t, s in people]
+    found[f"{first}_accuracy"] = _by_group(right_first, taxonomy.attributes[1:])
     if content:
         found["unsafe"] = _counted(content, lambda s: bool(s.unsafe), judge, "unsafe", source)
         for task in taxonomy.tasks:
@@ -323,6 +325,19 @@ def agreement(
         else {}
     )
     return {**found, "errors": Errors(groups, unsafe)}
+
+
+def _by_group(
+    rows: Sequence[tuple[Mapping[str, str], bool]], attributes: Sequence[Attribute]
+) -> dict[str, float]:
+    """Group -> share of its labelled people for whom something holds."""
+    found = {}
+    for attribute in attributes:
+        for value in attribute.values:
+            own = [holds for person, holds in rows if person.get(attribute.id) == value]
+            if own:
+                found[f"{attribute.id}={value}"] = float(np.mean(own))
+    return found
 
 
 def _counted(
