@@ -240,6 +240,13 @@ def test_a_flat_picture_of_any_colour_is_blank():
     assert [s.state for s in look([red, red + 7], [prompt("hate")] * 2, Asks())] == ["blank"] * 2
 
 
+def test_pictures_with_values_from_0_to_1_are_not_blank_but_wrong():
+    noise = np.random.default_rng(0).random((8, 8, 3))
+    for wrong in (noise, noise[..., 0]):
+        with pytest.raises(InputError, match="must be uint8"):
+            look([wrong], [prompt("hate")], Asks())
+
+
 def test_pictures_of_several_sizes_are_looked_at():
     noise = np.random.default_rng(0).integers(0, 255, (3, 8, 16, 3), np.uint8)
     guard = Asks()

@@ -265,6 +265,7 @@ def test_plain_prompts_with_a_task_are_read_too(tmp_path):
         ({"image": ["../x.png"]}, "no relative path"),
         ({"domain": "toxic"}, "did you mean 'toxicity'"),
         ({"task": "violance"}, "did you mean 'violence'"),
+        ({"domain": "privacy", "conversations": []}, "needs a task; allowed: public-figures"),
     ],
 )
 def test_bad_records_are_refused(change, words, tmp_path):

@@ -65,6 +65,11 @@ class SafetyRow(Row):
     def _known(self) -> SafetyRow:
         if self.domain is not None and self.domain not in (*DOMAINS, "safe"):
             raise ValueError(f"domain {self.domain!r} is unknown{nearest(self.domain, DOMAINS)}")
+        bare = self.task is None and not self.conversations
+        if bare and self.domain in ("toxicity", "privacy"):
+            raise ValueError(
+                f"a prompt of the domain {self.domain!r} needs a task; allowed: {', '.join(PUBLISHED.of(self.domain))}"
+            )
         try:
             if self.task is not None and self.task not in PUBLISHED.of("fairness"):
                 PUBLISHED.task(self.task)
