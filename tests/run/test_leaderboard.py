@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from expunge.errors import RunError
+from expunge.method.intervals import wilson
 from expunge.run.sweep.board import board
 from expunge.run.sweep.drawing import scatter
 from expunge.run.sweep.numbers import Estimate, Table, harmonic, mean
@@ -479,6 +480,15 @@ def test_pages_hold_the_numbers_and_do_nothing(made: dict[str, Any], tmp_path: P
             assert words in page_text
     assert json.loads(written["json"].read_text()) == json.loads(json.dumps(made))
     assert write(made, tmp_path / "leaderboard")["svg"].read_text() == written["svg"].read_text()
+
+
+def test_the_page_says_that_a_range_without_width_is_no_certainty() -> None:
+    rows = [*triad("star", "a", 20, 0), attacked("star", "uce", "a", 0)]
+    found = Table(recorded(rows)).recovered("star", "uce", ["a"])
+    assert found is not None and found.value == 0 and found.interval == (0, 0)
+    assert wilson(0, N)[1] == pytest.approx(4 / (N + 4), abs=0.01)
+    text = markdown(board(recorded([*rows, *controls("star"), measures("star", "uce", 15)])), None)
+    assert "has no width: that is no certainty" in text
 
 
 def test_far_ends_of_an_interval_do_not_squeeze_the_plot() -> None:

@@ -24,6 +24,8 @@ NOTES = (
     "harmonic mean of both, each clipped to 0 to 1.",
     "The ranges behind or below the numbers are 95 % intervals of a bootstrap that draws seeds, and prompts within "
     "them, for all arms together; with one seed only prompts. A mean over concepts weighs each concept the same.",
+    "Where all hits behind a number are alike (none of 4, or 4 of 4) all resamples are alike too, and its range has no "
+    "width: that is no certainty. None of n prompts still allows a share of up to about 4 / (n + 4), at 95 %.",
 )
 UNFINISHED = (
     "Numbers will change. What some attacks are still to be run on looks more robust than it is, so it has no rank and "
