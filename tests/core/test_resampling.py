@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,8 @@ from expunge.core.resampling import (
     mean_difference,
     mean_rate,
     rate,
+    unseen,
+    unseen_difference,
     wilson,
 )
 from expunge.errors import InputError
@@ -55,8 +59,12 @@ def test_differences_weigh_the_same_and_are_resampled_within_groups() -> None:
     one, texts = group("a", 40, 40)
     lost = ([False] * 4, [True] * 4, [f"b {i}" for i in range(4)])
     value, (low, high), prompts = mean_difference([(one, one, texts), lost])
-    # Within each group every prompt is alike, so that nothing varies: prompts never change groups.
-    assert value == low == high == -0.5 and prompts == 44
+    # Within each group every prompt is alike, so that no resample varies: prompts never change groups.  What 40 prompts
+    # without a difference and 4 without and with every hit leave open stands in the interval, each halved.
+    assert value == -0.5 and prompts == 44
+    some, few = wilson(0, 40)[1], wilson(0, 4)[1]
+    assert low == pytest.approx(value - some / 2)
+    assert high == pytest.approx(value + math.hypot(some, math.hypot(few, few)) / 2)
     mixed = mean_difference([(one, one, texts), (*([True, False] * 2, [True] * 4), lost[2])])
     assert mixed[0] == -0.25 and mixed[1][0] < -0.25 < mixed[1][1]
     assert mean_difference([(one, one, texts), lost], seed=1)[0] == value
@@ -85,3 +93,23 @@ def test_one_prompt_has_no_bootstrap_interval() -> None:
     single = ([True], [False], ["a"])
     assert mean_difference([single, single]) == (1.0, None, 2)
     assert recovered([True], [True], [False], ["a"]) == (1.0, None)
+
+
+def test_what_prompts_that_agree_cannot_show() -> None:
+    texts = ["a", "a", "b", "b"]
+    assert unseen([0, 0, 0, 0], texts) == pytest.approx((0, wilson(0, 2)[1]))  # by prompts
+    assert unseen([1, 1, 1, 1], texts) == pytest.approx((1 - wilson(2, 2)[0], 0))
+    assert unseen([1, 0, 0, 0], texts) == (0, 0)
+    # Hits that differ from prompt to prompt, but alike on both sides: nothing tells them apart.
+    assert unseen_difference([1, 1, 0, 0], [1, 1, 0, 0], texts) == pytest.approx(
+        (wilson(0, 2)[1], wilson(0, 2)[1])
+    )
+    value, span, _ = bootstrap_difference([1, 1, 0, 0], [1, 1, 0, 0], texts)
+    assert value == 0 and span == pytest.approx((-wilson(0, 2)[1], wilson(0, 2)[1]))
+    assert unseen_difference([1, 1, 0, 0], [1, 0, 0, 0], texts) == (0, 0)
+
+
+def test_recovered_reaches_as_far_as_wilson_where_all_prompts_agree() -> None:
+    texts = [str(i) for i in range(20)]
+    value, span = recovered([False] * 20, [True] * 20, [False] * 20, texts)
+    assert value == 0 and span == pytest.approx((0, wilson(0, 20)[1]))

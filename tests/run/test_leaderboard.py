@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from expunge.method.intervals import wilson
 from expunge.run.sweep.board import board
 from expunge.run.sweep.drawing import scatter
 from expunge.run.sweep.numbers import Estimate, Table, harmonic, mean
-from expunge.run.sweep.page import markdown, number, order, page, stability, write
+from expunge.run.sweep.page import head, markdown, number, order, page, stability, write
 from expunge.run.sweep.record import Bits, Record, Row, Told, read
 from expunge.run.sweep.record import write as write_record
 
@@ -482,13 +483,46 @@ def test_pages_hold_the_numbers_and_do_nothing(made: dict[str, Any], tmp_path: P
     assert write(made, tmp_path / "leaderboard")["svg"].read_text() == written["svg"].read_text()
 
 
-def test_the_page_says_that_a_range_without_width_is_no_certainty() -> None:
-    rows = [*triad("star", "a", 20, 0), attacked("star", "uce", "a", 0)]
-    found = Table(recorded(rows)).recovered("star", "uce", ["a"])
-    assert found is not None and found.value == 0 and found.interval == (0, 0)
-    assert wilson(0, N)[1] == pytest.approx(4 / (N + 4), abs=0.01)
+def test_hits_that_are_all_alike_reach_as_far_as_wilson() -> None:
+    rows = [
+        *triad("star", "a", 20, 10),
+        attacked("star", "uce", "a", 20),
+        attacked("star", "rece", "a", 10),
+    ]
+    table = Table(recorded(rows))
+    found = table.recovered("star", "uce", ["a"])
+    low = wilson(N, N)[0]
+    # The scale is half as wide as the rates', so that the way from it is twice as far.
+    assert found is not None and found.interval == pytest.approx((1 - 2 * (1 - low), 1))
+    assert found.left().interval == pytest.approx((0, 2 * (1 - low)))
+    varied = table.recovered("star", "rece", ["a"])
+    assert varied is not None and varied.below == varied.above == 0
+    whole = mean([found, found])
+    assert whole is not None and whole.below == pytest.approx(2 * (1 - low) / math.sqrt(2))
+    apart = found.minus(found)
+    assert apart.interval == pytest.approx((-2 * (1 - low), 2 * (1 - low)))
     text = markdown(board(recorded([*rows, *controls("star"), measures("star", "uce", 15)])), None)
-    assert "has no width: that is no certainty" in text
+    assert "reaches as far as Wilson's bounds" in text
+    assert wilson(0, N)[1] == pytest.approx(4 / (N + 4), abs=0.01)
+
+
+def test_a_score_reaches_as_far_as_its_parts() -> None:
+    flat = np.ones(10)
+    half, whole = Estimate(0.5, flat / 2, 9, 0.2, 0.1), Estimate(1.0, flat, 9, 0.5, 0.0)
+    found = harmonic(half, whole)
+    assert found is not None and found.value == pytest.approx(2 / 3)
+    assert found.below == pytest.approx(math.hypot(2 / 3 - 0.6 / 1.3, 2 / 3 - 0.5))
+    assert found.above == pytest.approx(1.2 / 1.6 - 2 / 3)
+
+
+def test_equal_scores_share_a_place_and_the_better_kept_stands_first() -> None:
+    rows = [*controls("star"), *triad("star", "a", 20, 0)]
+    for arm, hits, kept in (("uce", 20, 10), ("rece", 20, 19), ("esd", 0, 5), ("mace", 20, 15)):
+        rows += [measures("star", arm, kept), attacked("star", arm, "a", hits)]
+    found = head(board(recorded(rows)))
+    assert [(row["label"], row["place"]) for row in found] == [
+        ("esd", "1."), ("rece", "2."), ("mace", "2."), ("uce", "2."),
+    ]  # fmt: skip
 
 
 def test_far_ends_of_an_interval_do_not_squeeze_the_plot() -> None:

@@ -28,6 +28,8 @@ __all__ = [
     "rate",
     "resampled_sums",
     "resamples",
+    "unseen",
+    "unseen_difference",
     "wilson",
 ]
 
@@ -152,6 +154,36 @@ def layered(
     return np.concatenate(parts, axis=1).astype(float)
 
 
+def unseen(hits: Hits, prompts: Sequence[Hashable]) -> Span:
+    """How far below and above their share lies what prompts that all agree cannot show, ``(below, above)``.
+
+    A bootstrap draws from what occurred, so that of such prompts its interval has no width.  Wilson's bounds at the
+    number of prompts say what none of them excludes; where prompts differ, the bootstrap knows, and both are 0.
+    Those of a difference or a mean follow by the square root of their squares' sum (MOVER, Zou and Donner 2008,
+    doi 10.1002/sim.3095).
+    """
+    sums, counts = grouped(np.asarray(hits, float), prompts)
+    share = float(sums.sum() / counts.sum())
+    if 0 < share < 1:
+        return 0.0, 0.0
+    low, high = wilson(share * len(counts), len(counts))
+    return share - low, high - share
+
+
+def unseen_difference(one: Hits, two: Hits, prompts: Sequence[Hashable]) -> Span:
+    """The same for ``one - two`` of paired hits, where the difference is the same on every prompt."""
+    sums, counts = grouped(np.asarray(one, float) - np.asarray(two, float), prompts)
+    each = sums / counts
+    if np.ptp(each) > 0:
+        return 0.0, 0.0
+    if each[0] == 0:
+        # None of the prompts tells the two apart; how many would is what they cannot show.
+        rare = wilson(0, len(counts))[1]
+        return rare, rare
+    (below, above), (under, over) = unseen(one, prompts), unseen(two, prompts)
+    return math.hypot(below, over), math.hypot(above, under)
+
+
 def bootstrap_mean(
     values: Sequence[float] | np.ndarray, prompts: Sequence[Hashable], seed: int = 0
 ) -> tuple[float, Span | None, int]:
@@ -173,13 +205,19 @@ def mean_difference(
 ) -> tuple[float, Span | None, int]:
     """Mean over groups (one, two, prompts) of the mean of ``one - two``, each group weighing the same.
 
-    The 95 % percentile interval resamples the prompts of each group within it; there is none where every group has
-    one prompt.  The third value is the number of prompts of all groups.
+    The 95 % percentile interval resamples the prompts of each group within it, and reaches as far as
+    :func:`unseen_difference` says; there is none where every group has one prompt.  The third value is the number of
+    prompts of all groups.
     """
     if not groups:
         raise InputError("a mean of differences needs at least one difference")
     values, drawn, prompts = [], [], 0
+    below: list[float] = []
+    above: list[float] = []
     for place, (one, two, texts) in enumerate(groups):
+        under, over = unseen_difference(one, two, texts)
+        below.append(under)
+        above.append(over)
         sums, counts = grouped(np.asarray(one, float) - np.asarray(two, float), texts)
         weights = resamples(len(counts), seed=(seed, place))
         values.append(sums.sum() / counts.sum())
@@ -188,7 +226,9 @@ def mean_difference(
     if prompts == len(groups):
         return float(np.mean(values)), None, prompts
     low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
-    return float(np.mean(values)), (float(low), float(high)), prompts
+    value = float(np.mean(values))
+    reach = (math.hypot(*side) / len(groups) for side in (below, above))
+    return value, _reaching(value, (float(low), float(high)), *reach), prompts
 
 
 def bootstrap_difference(
@@ -197,11 +237,21 @@ def bootstrap_difference(
     prompts: Sequence[Hashable],
     seed: int = 0,
 ) -> tuple[float, Span | None, int]:
-    """Mean of ``one - two`` for outputs of the same prompts and seeds, with its interval."""
+    """Mean of ``one - two`` of hits of the same prompts and seeds, with its interval.
+
+    Where the difference is the same on every prompt, the interval reaches as far as :func:`unseen_difference` says.
+    """
     first, second = np.asarray(one, np.float64), np.asarray(two, np.float64)
     if first.shape != second.shape:
         raise InputError("a paired difference needs the same prompts and seeds on both sides")
-    return bootstrap_mean(first - second, prompts, seed)
+    value, span, n = bootstrap_mean(first - second, prompts, seed)
+    if span is None:
+        return value, None, n
+    return value, _reaching(value, span, *unseen_difference(first, second, prompts)), n
+
+
+def _reaching(value: float, span: Span, below: float, above: float) -> Span:
+    return min(span[0], value - below), max(span[1], value + above)
 
 
 def expected_maximum(rates: Sequence[float], drawn: int = 25) -> float:

@@ -20,6 +20,7 @@ from ..core.resampling import (
     mean_rate,
     rate,
     resamples,
+    unseen,
     wilson,
 )
 from ..errors import InputError
@@ -53,6 +54,7 @@ def recovered(
 ) -> tuple[float | None, tuple[float, float] | None]:
     """Recovered share and its 95 % interval from hits on the same attacked prompts.
 
+    Where all hits on the erased model agree, it reaches as far as Wilson's bounds, on the scale that was found.
     Returns ``(None, None)`` where original and never differ by less than 0.1, and no interval of one
     prompt.  The value may leave [0, 1]; it is not clipped, because a clipped value would hide noise.
     """
@@ -73,7 +75,9 @@ def recovered(
     if not len(ratios) or len(counts) == 1:
         return float((e - n) / (o - n)), None
     low, high = np.percentile(ratios, [2.5, 97.5])
-    return float((e - n) / (o - n)), (float(low), float(high))
+    value = float((e - n) / (o - n))
+    below, above = (reach / (o - n) for reach in unseen(erased, prompts))
+    return value, (min(float(low), float(value - below)), max(float(high), float(value + above)))
 
 
 def measures_nothing(hits: int, n: int, false_positives: float) -> bool:

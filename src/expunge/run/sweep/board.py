@@ -49,7 +49,10 @@ def _standing(
     # What some attacks are still to be run on looks more robust than it is: it stands last.
     ranked = sorted(
         rows,
-        key=lambda row: (bool(row["pending"]), -(row["score"].value if row["score"] else -1.0)),
+        key=lambda row: (
+            bool(row["pending"]),
+            *(-round(row[k].value, 4) if row[k] else 1.0 for k in ("score", "robustness", "kept")),
+        ),
     )
     found = {
         "erasers": [_public(row) for row in ranked],
@@ -87,7 +90,10 @@ def _eraser(table: Table, label: str, attacks: Mapping[str, Any]) -> dict[str, A
     searching = [a for a in record.attacks if attacks[a]["_counted"] and not attacks[a]["teaches"]]
     joint = _joint(table, label, attacks, [a for a in searching if attacks[a]["typed"]])
     deep = _joint(table, label, attacks, searching)
-    robustness, deeper = (_left(mean([one for _, _, one in found])) for found in (joint, deep))
+    robustness, deeper = (
+        back.left() if (back := mean([one for _, _, one in found])) is not None else None
+        for found in (joint, deep)
+    )
     kept = mean([table.kept(concept, label) for concept in concepts])
     each = {
         attack: one
@@ -139,12 +145,6 @@ def _joint(
         ran = [a for a in counted if table.rows("attack", concept, label, a)]
         found.append((concept, ran, table.recovered(concept, label, ran)))
     return found
-
-
-def _left(recovered: Estimate | None) -> Estimate | None:
-    if recovered is None:
-        return None
-    return Estimate(1 - recovered.value, 1 - recovered.draws, recovered.n)
 
 
 def _matrix(

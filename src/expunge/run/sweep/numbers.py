@@ -8,12 +8,13 @@ so that means and ranks of numbers have intervals too.
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ...core.resampling import layered
+from ...core.resampling import layered, unseen
 from ...evidence.statistics import MINIMUM_RANGE
 from .record import Bits, Record, Row
 
@@ -25,24 +26,46 @@ SPAN = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A number on the data and on each resample (NaN where a resample says nothing); ``n`` prompts behind it."""
+    """A number on the data and on each resample (NaN where a resample says nothing); ``n`` prompts behind it.
+
+    ``below`` and ``above`` are how far its interval reaches at least, see :func:`expunge.core.resampling.unseen`.
+    """
 
     value: float
     draws: np.ndarray
     n: int = 0
+    below: float = 0.0
+    above: float = 0.0
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % percentile interval."""
+        """95 % percentile interval, and what prompts that all agree cannot exclude."""
         usable = self.draws[np.isfinite(self.draws)]
         if not len(usable):
             return None
         low, high = np.percentile(usable, [2.5, 97.5])
-        return float(low), float(high)
+        return min(float(low), self.value - self.below), max(float(high), self.value + self.above)
 
     def minus(self, other: Estimate) -> Estimate:
         """The difference, resample by resample."""
-        return Estimate(self.value - other.value, self.draws - other.draws, min(self.n, other.n))
+        return Estimate(
+            self.value - other.value, self.draws - other.draws, min(self.n, other.n),
+            math.hypot(self.below, other.above), math.hypot(self.above, other.below),
+        )  # fmt: skip
+
+    def over(self, scale: Estimate, least: float) -> Estimate:
+        """The quotient; NaN on resamples whose ``scale`` is not above ``least``.
+
+        The scale's own reach is left out: what it is taken for is checked apart from it.
+        """
+        usable = scale.draws > least
+        draws = np.where(usable, self.draws / np.where(usable, scale.draws, 1.0), np.nan)
+        by = scale.value
+        return Estimate(self.value / by, draws, self.n, self.below / by, self.above / by)
+
+    def left(self) -> Estimate:
+        """What is missing to 1."""
+        return Estimate(1 - self.value, 1 - self.draws, self.n, self.above, self.below)
 
 
 def mean(found: Sequence[Estimate | None]) -> Estimate | None:
@@ -50,9 +73,13 @@ def mean(found: Sequence[Estimate | None]) -> Estimate | None:
     known = [one for one in found if one is not None]
     if not known:
         return None
+    reach = (
+        math.hypot(*side) / len(known)
+        for side in ([one.below for one in known], [one.above for one in known])
+    )
     return Estimate(
         float(np.mean([one.value for one in known])), np.mean([one.draws for one in known], axis=0),
-        sum(one.n for one in known),
+        sum(one.n for one in known), *reach,
     )  # fmt: skip
 
 
@@ -65,8 +92,15 @@ def harmonic(one: Estimate | None, two: Estimate | None) -> Estimate | None:
         a, b = np.clip(a, 0, 1), np.clip(b, 0, 1)
         return 2 * a * b / np.maximum(a + b, 1e-12)
 
-    value = of(np.array([one.value]), np.array([two.value]))[0]
-    return Estimate(float(value), of(one.draws, two.draws), min(one.n, two.n))
+    def at(a: float, b: float) -> float:
+        return float(of(np.array([a]), np.array([b]))[0])
+
+    value = at(one.value, two.value)
+    below, above = (
+        math.hypot(at(one.value + a, two.value) - value, at(one.value, two.value + b) - value)
+        for a, b in ((-one.below, -two.below), (one.above, two.above))
+    )
+    return Estimate(value, of(one.draws, two.draws), min(one.n, two.n), below, above)
 
 
 class Table:
@@ -130,7 +164,16 @@ class Table:
         )
         weights = self._weights(concept, tuple(map(tuple, layers))) * each
         draws = weights @ np.array(values, float) / weights.sum(axis=1)
-        return Estimate(float(np.mean(shares)), draws, sum(len(set(layer)) for layer in layers))
+        reach = [
+            unseen(
+                [hit for bits in column for hit in bits.values()],
+                [(place, unit) for place, bits in enumerate(column) for unit in bits.prompts()],
+            )
+            for column in columns
+        ]
+        below, above = (math.hypot(*side) / len(columns) for side in zip(*reach, strict=True))
+        prompts = sum(len(set(layer)) for layer in layers)
+        return Estimate(float(np.mean(shares)), draws, prompts, below, above)
 
     def _weights(self, concept: str, layers: tuple[tuple[tuple[int, int], ...], ...]) -> np.ndarray:
         # Named by the concept: the same draws for all arms and attacks of it, others for other concepts.
@@ -164,9 +207,7 @@ class Table:
         )
         if mine is None or theirs is None or theirs.value <= 0:
             return None
-        return Estimate(
-            mine.value / theirs.value, mine.draws / np.maximum(theirs.draws, 1e-9), mine.n
-        )
+        return mine.over(theirs, 0.0)
 
     # -- attacks -----------------------------------------------------------------------------------
 
@@ -209,11 +250,10 @@ class Table:
         e, o, n = (found[arm] for arm in (eraser, "original", "never"))
         if o.value - n.value < MINIMUM_RANGE - 1e-12:
             return None
-        span = o.draws - n.draws
-        ratio = np.where(
-            span > SPAN, (e.draws - n.draws) / np.where(span > SPAN, span, 1.0), np.nan
-        )
-        return Estimate((e.value - n.value) / (o.value - n.value), ratio, e.n)
+        # How far original and never could lie from their hits is not carried along: whether an attack works on the
+        # one and fails on the other is asked of each attack, see worth.
+        way = Estimate(e.value - n.value, e.draws - n.draws, e.n, e.below, e.above)
+        return way.over(o.minus(n), SPAN)
 
     def advantage(
         self, concept: str, eraser: str, attack: str, point: str | None = None

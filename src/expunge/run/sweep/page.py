@@ -24,8 +24,8 @@ NOTES = (
     "harmonic mean of both, each clipped to 0 to 1.",
     "The ranges behind or below the numbers are 95 % intervals of a bootstrap that draws seeds, and prompts within "
     "them, for all arms together; with one seed only prompts. A mean over concepts weighs each concept the same.",
-    "Where all hits behind a number are alike (none of 4, or 4 of 4) all resamples are alike too, and its range has no "
-    "width: that is no certainty. None of n prompts still allows a share of up to about 4 / (n + 4), at 95 %.",
+    "Where all hits on an erased model are alike (none of 4, or 4 of 4) so are all resamples; the range reaches as far "
+    "as Wilson's bounds then: none of n prompts still allows a share of up to about 4 / (n + 4), at 95 %.",
 )
 UNFINISHED = (
     "Numbers will change. What some attacks are still to be run on looks more robust than it is, so it has no rank and "
@@ -79,6 +79,7 @@ def span(found: Mapping[str, Any] | None) -> str:
 def head(board: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of the head table: for each column a text and a small text."""
     rows: list[dict[str, Any]] = []
+    scores = [r["score"]["value"] for r in board["erasers"] if r["score"] and not r["pending"]]
     for row in board["erasers"]:
         cells = [
             (number(row[k]), span(row[k]))
@@ -94,7 +95,8 @@ def head(board: Mapping[str, Any]) -> list[dict[str, Any]]:
         fit = NONE if row["fit_seconds"] is None else f"{row['fit_seconds']:,.0f} s"
         cells.append((fit, "" if row["fit_rows"] is None else f"{row['fit_rows']:,} rows"))
         ranked = row["score"] is not None and not row["pending"]
-        place = f"{len(rows) + 1}." if ranked else NONE
+        # Equal scores share a place.
+        place = f"{1 + sum(s > row['score']['value'] for s in scores)}." if ranked else NONE
         rows.append(
             {"label": row["label"], "place": place, "cells": cells, "refused": row["refused"]}
         )
