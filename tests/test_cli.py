@@ -186,6 +186,21 @@ def test_prompt_files_may_give_guidance(tmp_path):
     ]
 
 
+def test_prompts_are_parted_at_line_feeds_only(tmp_path):
+    from expunge.cli.common import read_prompts
+    from expunge.errors import PromptError
+
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa star\u2028on grass\r\n\n a heart \n".encode())
+    assert [(p.text, p.seed) for p in read_prompts(file)] == [
+        ("a star\u2028on grass", 0),
+        ("a heart", 2),
+    ]
+    file.write_bytes(b"a star \xff")
+    with pytest.raises(PromptError, match="byte 7 is not UTF-8"):
+        read_prompts(file)
+
+
 def test_control_characters_of_a_name_do_not_reach_the_terminal(capsys):
     _, _, err = run(capsys, "methods", "\x1b[31mred")
     assert "\x1b" not in err

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ..core.text_lines import lines_of
 from ..errors import InputError
 from .requests import Wanted
 
@@ -49,7 +50,7 @@ def number(text: Any, name: str) -> float | None:
 
 def lines(text: str | None) -> tuple[str, ...]:
     """The lines of a text that hold something."""
-    return tuple(line.strip() for line in (text or "").splitlines() if line.strip())
+    return tuple(line for _, line in lines_of(text or ""))
 
 
 def names(text: str | None) -> tuple[str, ...]:

@@ -167,18 +167,13 @@ def _ids(verb: str) -> list[str]:
 
 def read_prompts(file: Path) -> list[Any]:
     """Prompts from UTF-8 text, one a line, or JSON lines with keys text, seed, labels and guidance."""
+    from ..core.text_lines import lines_of, read_text
     from ..method import Prompt
 
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{file.name}: byte {error.start} is not UTF-8") from None
     found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(read_text(file)):
         if file.suffix != ".jsonl":
-            found.append(Prompt(line.strip(), seed=number - 1))
+            found.append(Prompt(line, seed=number - 1))
             continue
         try:
             row = json.loads(line)

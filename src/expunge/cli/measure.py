@@ -281,12 +281,11 @@ class _Work:
 
     def _stored(self) -> tuple[dict[str, Any], str | None]:
         """Detections by file name, and who found them."""
+        from ..core.text_lines import lines_of, read_text
+
         assert self.detections is not None
         seen: dict[str, Any] = {}
-        lines = self.detections.read_text(encoding="utf-8-sig").splitlines()
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
+        for number, line in lines_of(read_text(self.detections)):
             try:
                 row = json.loads(line)
                 seen[str(row["file"])] = row["detections"]

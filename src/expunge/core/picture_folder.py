@@ -19,6 +19,7 @@ import numpy as np
 
 from ..errors import InputError, PromptError
 from ..method import Prompt
+from .text_lines import lines_of, read_text
 
 __all__ = ["PictureFolder", "prompts_of"]
 
@@ -140,20 +141,13 @@ def prompts_of(names: Sequence[str], file: str | os.PathLike[str]) -> list[Promp
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{path.name}: byte {error.start} is not UTF-8") from None
+    text = read_text(path)
     if path.suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text, newline="")))
-    # Only line feeds part lines: a prompt may hold U+2028, at which str.splitlines would cut it.
-    lines = list(io.StringIO(text, newline=None))
     if path.suffix != ".jsonl":
-        return [{"text": line.strip()} for line in lines if line.strip()]
+        return [{"text": line} for _, line in lines_of(text)]
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(text):
         try:
             row = json.loads(line)
         except ValueError:

@@ -22,6 +22,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError
 
 from ..errors import PromptError, nearest
 from ..method import Measurement, Method, Prompt
+from .text_lines import decoded, lines_of
 
 __all__ = ["LONGEST", "PromptTable", "Row", "Table", "also", "read_rows", "source_bytes"]
 
@@ -200,10 +201,7 @@ def read_rows(name: str, data: bytes, schema: type[R]) -> list[R]:
     Raises:
         PromptError: With the file, the row (from 1, the header aside) and the column.
     """
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{name}: byte {error.start} is not UTF-8") from None
+    text = decoded(name, data)
     suffix = Path(name).suffix
     raw = (
         _json(name, text, suffix)
@@ -258,9 +256,7 @@ def _csv(name: str, text: str, schema: type[Row], suffix: str) -> Iterable[Mappi
 def _json(name: str, text: str, suffix: str) -> Sequence[Any]:
     lines: Sequence[tuple[int, str]] = [(1, text)]
     if suffix == ".jsonl":
-        # Only line feeds part lines: str.splitlines would cut a prompt at U+2028.
-        whole = io.StringIO(text, newline=None)
-        lines = [(n, line) for n, line in enumerate(whole, 1) if line.strip()]
+        lines = list(lines_of(text))
     found: list[Any] = []
     for number, line in lines:
         try:

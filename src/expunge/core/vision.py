@@ -31,6 +31,7 @@ __all__ = [
     "pixel_statistics",
     "pixels",
     "vision_encoder",
+    "uint8_pictures",
 ]
 
 # What CLIP image processors use unless their configuration says otherwise.
@@ -39,6 +40,20 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 Embed = Callable[[np.ndarray], Tensor]
 """uint8 pictures ``(n, height, width, 3)`` -> embeddings ``(n, embedding)``."""
+
+
+def uint8_pictures(pictures: Any) -> np.ndarray:
+    """The pictures, uint8 ``(n, height, width, 3)``.
+
+    Raises:
+        InputError: They are no such pictures: values from 0 to 1 would all pass for black, grey ones for coloured ones.
+    """
+    given = np.asarray(pictures)
+    if given.ndim != 4 or given.shape[-1] != 3 or given.dtype != np.uint8:
+        raise InputError(
+            f"pictures must be uint8 (n, height, width, 3), got {given.dtype} {given.shape}"
+        )
+    return given
 
 
 def pixels(
@@ -59,13 +74,9 @@ def pixels(
         resize: ``bicubic`` or ``bilinear``.
 
     Raises:
-        InputError: They are no such pictures: values from 0 to 1 would all pass for black, grey ones for coloured ones.
+        InputError: They are no such pictures, see :func:`uint8_pictures`.
     """
-    given = np.asarray(pictures)
-    if given.ndim != 4 or given.shape[-1] != 3 or given.dtype != np.uint8:
-        raise InputError(
-            f"pictures must be uint8 (n, height, width, 3), got {given.dtype} {given.shape}"
-        )
+    given = uint8_pictures(pictures)
     # Arrays of pictures that were read from files cannot be written to, and torch warns of such.
     ready = np.require(given, requirements=["C", "W"])
     found = torch.as_tensor(ready).permute(0, 3, 1, 2) / 255

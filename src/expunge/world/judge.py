@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..concept import Concept
+from ..core.vision import uint8_pictures
 from ..errors import InputError, nearest
 from ..method import Judge, Prompt, Verdicts
 from . import models, vocabulary
@@ -57,7 +58,7 @@ class OracleJudge(Judge):
             empty = np.zeros(0)
             return Verdicts(empty.astype(bool), empty, empty.astype(bool))
         oracle = self._oracle()
-        probabilities = oracle(outputs)
+        probabilities = oracle(uint8_pictures(outputs))
         score = oracle.confidence(name, probabilities)
         recognisable = oracle.unrecognisable(probabilities) < 0.5
         hit = (score >= self.threshold) & recognisable

@@ -49,6 +49,18 @@ def test_a_hit_is_a_first_class_and_the_score_its_probability():
     np.testing.assert_allclose(both.score, [0.9, 0.7, 0.75, 0.2])
 
 
+@pytest.mark.parametrize("pictures", [PICTURES / 255, PICTURES[..., :1], PICTURES[0]])
+def test_float_and_grey_pictures_are_refused(pictures):
+    """Values from 0 to 1 would pass for black."""
+    from expunge.world.judge import OracleJudge
+
+    for judge, concept in (
+        (classifier(), Concept("tench")), (nudenet(), NUDITY), (OracleJudge(), Concept("star")),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="pictures must be uint8"):
+            judge.judge(pictures, concept, PROMPTS)
+
+
 def test_more_classes_a_threshold_and_a_floor_change_verdict_and_protocol():
     first, second = classifier(), classifier(top=2)
     assert first.judge(PICTURES, Concept("church"), PROMPTS).hit.tolist() == [

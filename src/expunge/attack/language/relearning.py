@@ -26,6 +26,7 @@ import torch
 
 from ...concept import Concept
 from ...core import answers, finetune
+from ...core.text_lines import lines_of, read_text
 from ...core.trials import received
 from ...errors import PromptError, SettingError
 from ...method import Attack, Attempt, Attempts, Budget, Judge, Prompt, Verdicts, setting
@@ -232,13 +233,11 @@ class _Relearn(finetune.Task):
 def _read_pairs(path: Path) -> list[answers.Pair]:
     """Pairs from JSON lines with exactly the keys prompt and answer."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except OSError as error:
         raise PromptError(f"{path.name}: cannot be read ({error})") from None
     pairs = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in lines_of(text):
         try:
             entry = json.loads(line)
             pairs.append((str(entry["prompt"]), str(entry["answer"])))

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ...concept import Concept
-from ...core.vision import model_name
+from ...core.vision import model_name, uint8_pictures
 from ...errors import InputError, ModelError, SettingError, nearest
 from ...method import Judge, Outputs, Prompt, Verdicts
 
@@ -85,7 +85,7 @@ class PictureClassifier(Judge):
         places = list(self._places(concept))
         if not len(outputs):
             return Verdicts(np.zeros(0, bool), np.zeros(0), np.zeros(0, bool))
-        logits = np.asarray(self.logits(np.asarray(outputs)), np.float64)
+        logits = np.asarray(self.logits(uint8_pictures(outputs)), np.float64)
         if logits.ndim != 2 or len(logits) != len(outputs) or max(places) >= logits.shape[1]:
             raise InputError(
                 f"{self.id}: the classifier gave {logits.shape} for {len(outputs)} pictures; a row each with at "

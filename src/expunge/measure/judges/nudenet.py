@@ -23,6 +23,7 @@ import numpy as np
 from ...concept import Concept
 from ...core.extras import needed
 from ...core.nudity_labels import CORE, EXPOSED, standard_label
+from ...core.vision import uint8_pictures
 from ...errors import InputError, SettingError, nearest
 from ...method import Judge, Outputs, Prompt, Verdicts
 
@@ -97,9 +98,9 @@ class NudeNet(Judge):
 
     def detections(self, outputs: Outputs) -> list[list[Detection]]:
         """What is seen in each picture, labels in the words of v3; for counts over thresholds and classes."""
-        pictures = np.asarray(outputs)
-        if not len(pictures):
+        if not len(outputs):
             return []
+        pictures = uint8_pictures(outputs)
         found = list(self.detector(pictures))
         if len(found) != len(pictures):
             raise InputError(
