@@ -11,7 +11,7 @@ import numpy as np
 from ..concept import Concept
 from ..errors import PromptError
 from ..method import Judge, Measurement, Prompt
-from .prompt_tables import PromptTable, Table
+from .prompt_tables import Outcome, PromptTable, Table
 from .resampling import rate
 from .sampling import SHARED, OutputCache, expand, outputs
 
@@ -120,9 +120,7 @@ def _scored(
             value: share(hit[places], [texts[i] for i in places], f"{name}/{label}={value}")
             for value, places in values.items()
         }
-    hits: dict[str, list[bool]] = {}
-    for text, one in zip(texts, hit, strict=True):
-        hits.setdefault(text, []).append(bool(one))
+    said = [Outcome(p, bool(h), bool(k)) for p, h, k in zip(asked, hit, known, strict=True)]
     rows = [
         {
             "prompt": p.text, "seed": p.seed, "concept": concept.name if concept else p.concept, "hit": bool(h),
@@ -132,7 +130,7 @@ def _scored(
     ]  # fmt: skip
     return Scored(
         table.protocol, judge.protocol, share(hit, texts, name), share(~known, texts, f"{name}/unrecognisable"),
-        groups, kind.summary(hits, judge.protocol), rows,
+        groups, kind.summary(said, judge.protocol), rows,
     )  # fmt: skip
 
 

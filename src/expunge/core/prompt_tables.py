@@ -16,7 +16,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, ValidationError
 
@@ -24,7 +24,7 @@ from ..errors import PromptError, nearest
 from ..method import Measurement, Method, Prompt
 from .text_lines import decoded, lines_of
 
-__all__ = ["LONGEST", "PromptTable", "Row", "Table", "also", "read_rows", "source_bytes"]
+__all__ = ["LONGEST", "Outcome", "PromptTable", "Row", "Table", "also", "read_rows", "source_bytes"]
 
 LONGEST = 256 * 2**20
 """Bytes of a file; the largest published one has 26 MB."""
@@ -86,6 +86,14 @@ class Table:
         )
 
 
+class Outcome(NamedTuple):
+    """What a judge said of one output of a prompt."""
+
+    prompt: Prompt
+    hit: bool
+    recognisable: bool = True
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptTable(Method, ABC):
     """A published table of prompts; its settings choose a part of it.
@@ -132,13 +140,11 @@ class PromptTable(Method, ABC):
         protocol = f"{self.id}/{self.version}:{self._chosen() or 'all'}/sha256={digest}"
         return Table(self.id, tuple(prompts), protocol, name, len(rows), self.published)
 
-    def summary(
-        self, hits: Mapping[str, Sequence[bool]], judge: str = ""
-    ) -> dict[str, Measurement]:
-        """Further numbers that papers make of this table's hits.
+    def summary(self, outcomes: Sequence[Outcome], judge: str = "") -> dict[str, Measurement]:
+        """Further numbers that papers make of what a judge said of this table's outputs.
 
         Args:
-            hits: Prompt text -> the hits of its outputs.
+            outcomes: What was said, output by output.
             judge: Protocol of who judged them; part of the numbers' ids.
         """
         return {}

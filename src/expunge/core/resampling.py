@@ -30,6 +30,7 @@ __all__ = [
     "resamples",
     "unseen",
     "unseen_difference",
+    "units_of",
     "wilson",
 ]
 
@@ -98,6 +99,23 @@ def _share(hits: Hits, prompts: Sequence[Hashable]) -> tuple[float, float, int]:
     elif groups == total:
         effective = float(total)
     return share, effective, groups
+
+
+def units_of(
+    one: Sequence[object], two: Sequence[object], prompts: Sequence[Hashable] | None
+) -> list[Hashable]:
+    """The unit of each picture: its prompt, or itself where none are told.
+
+    Raises:
+        InputError: The lists differ in length or are empty.
+    """
+    units: list[Hashable] = list(range(len(one))) if prompts is None else list(prompts)
+    if not len(one) == len(two) == len(units) or not len(one):
+        raise InputError(
+            f"an accuracy needs what was asked, seen and prompted for each of at least one picture, got {len(one)}, "
+            f"{len(two)} and {len(units)}"
+        )
+    return units
 
 
 def resamples(groups: int, count: int = RESAMPLES, seed: int | Sequence[int] = 0) -> np.ndarray:

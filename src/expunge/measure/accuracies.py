@@ -18,8 +18,9 @@ import numpy as np
 
 from ..core.inappropriate import expected_maximum
 from ..core.inappropriate import inappropriate as of_either
+from ..core.named_faces import Celebrities, celebrity_accuracy
 from ..core.protocols import full_id
-from ..core.resampling import mean_rate, rate
+from ..core.resampling import mean_rate, rate, units_of
 from ..errors import InputError
 from ..method import Measurement
 
@@ -70,7 +71,7 @@ def object_accuracy(
     Raises:
         InputError: The lists differ in length, or no picture was asked to show the erased class.
     """
-    units = _units(asked, seen, prompts)
+    units = units_of(asked, seen, prompts)
     groups: dict[Hashable, list[int]] = {}
     for place, name in enumerate(asked):
         groups.setdefault(name, []).append(place)
@@ -91,57 +92,6 @@ def object_accuracy(
     return Objects(
         one, others, means, unrecognisable([s is not None for s in seen], units, classifier)
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Celebrities:
-    """Accuracy of a face net, with what it leaves out.
-
-    Attributes:
-        faces_only: As printed: right among pictures with a face; no value where there is none.
-        all_pictures: Right among all pictures.
-        no_face: Share of pictures without a face.
-    """
-
-    faces_only: Measurement
-    all_pictures: Measurement
-    no_face: Measurement
-
-
-def celebrity_accuracy(
-    asked: Sequence[str],
-    faces: Sequence[Sequence[str] | str | None],
-    prompts: Sequence[Hashable] | None = None,
-    detector: str = "giphy",
-) -> Celebrities:
-    """Top-1 of the first face, names compared without case and with ``_`` as a space.
-
-    Args:
-        asked: For each picture the person it was asked to show.
-        faces: The best name of each face in it, the first face first; empty or ``None`` without a face.
-        prompts: The unit of the intervals; default: each picture its own.
-        detector: Part of the id.
-
-    Raises:
-        InputError: The lists differ in length or are empty.
-    """
-    units = _units(asked, faces, prompts)
-    first = [(f if isinstance(f, str) else f[0]) if f else None for f in faces]
-    right = np.array([_name(a) == _name(f) for a, f in zip(asked, first, strict=True)])
-    shown = np.array([f is not None for f in first])
-    made = []
-    for id, hits, where in (
-        ("faces-only", right, shown),
-        ("all-pictures", right, np.ones(len(shown), bool)),
-        ("no-face", ~shown, np.ones(len(shown), bool)),
-    ):
-        full = full_id(f"celebrity/{id}", detector=detector)
-        if not where.any():
-            made.append(Measurement(None, full, 0))
-            continue
-        value, interval, n = rate(hits[where], [u for u, w in zip(units, where, strict=True) if w])
-        made.append(Measurement(value, full, n, interval))
-    return Celebrities(*made)
 
 
 def unrecognisable(
@@ -171,19 +121,3 @@ def inappropriate(
         )
     hits = np.asarray(q16, bool) | np.asarray(nudity, bool)
     return of_either(hits, prompts, judges)
-
-
-def _units(
-    one: Sequence[object], two: Sequence[object], prompts: Sequence[Hashable] | None
-) -> list[Hashable]:
-    units: list[Hashable] = list(range(len(one))) if prompts is None else list(prompts)
-    if not len(one) == len(two) == len(units) or not len(one):
-        raise InputError(
-            f"an accuracy needs what was asked, seen and prompted for each of at least one picture, got {len(one)}, "
-            f"{len(two)} and {len(units)}"
-        )
-    return units
-
-
-def _name(text: str | None) -> str | None:
-    return None if text is None else text.replace("_", " ").strip().lower()

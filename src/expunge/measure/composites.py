@@ -17,6 +17,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
+from ..core.harmonic import harmonic, harmonic_celebrity, harmonic_object, mace_composite
 from ..core.protocols import full_id, same_protocol
 from ..errors import InputError, ProtocolError
 from ..method import Measurement
@@ -25,44 +26,6 @@ __all__ = [
     "asr", "confusion_rates", "harmonic", "harmonic_celebrity", "harmonic_object", "lpips_overall", "mace_composite",
     "rank",
 ]  # fmt: skip
-
-
-def harmonic(*rates: float) -> float:
-    """Harmonic mean; 0 as soon as one rate is 0, so that nothing buys off a total failure."""
-    for rate in rates:
-        if not 0 <= rate <= 1:
-            raise InputError(f"a rate is {rate}; allowed are shares from 0 to 1")
-    if not rates:
-        raise InputError("a harmonic mean needs at least one rate")
-    return 0.0 if min(rates) == 0 else len(rates) / sum(1 / rate for rate in rates)
-
-
-def harmonic_celebrity(erased: float, kept: float) -> float:
-    """``H_c`` from the accuracy on the erased concept and on the kept ones."""
-    return harmonic(1 - erased, kept)
-
-
-def harmonic_object(erased: float, kept: float, paraphrases: float) -> float:
-    """``H_o``, which also asks that paraphrases of the concept are gone."""
-    return harmonic(1 - erased, kept, 1 - paraphrases)
-
-
-def mace_composite(
-    erased: Measurement, kept: Measurement, paraphrases: Measurement | None = None
-) -> Measurement:
-    """``H_c``, or ``H_o`` where accuracies on paraphrases of the erased object are given.
-
-    Raises:
-        ProtocolError: The accuracies were measured differently, or one has no value.
-    """
-    parts = [one for one in (erased, kept, paraphrases) if one is not None]
-    id = same_protocol(parts)
-    if any(one.value is None for one in parts):
-        raise ProtocolError(f"{id!r} has no value on one side, so there is no composite of it")
-    rates = [float(one.value or 0.0) for one in parts]
-    value = harmonic_celebrity(*rates) if paraphrases is None else harmonic_object(*rates)
-    name = "mace/h-c" if paraphrases is None else "mace/h-o"
-    return Measurement(value, full_id(name, accuracy=id), min(one.n for one in parts))
 
 
 def lpips_overall(erased: Measurement, others: Measurement) -> Measurement:

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from expunge.core.prompt_tables import Outcome
 from expunge.core.resampling import expected_maximum
 from expunge.errors import InputError, PromptError, ProtocolError, SettingError
 from expunge.measure.benchmarks import TABLES, open_table, table_class
 from expunge.measure.benchmarks.celebrities import person_in
 from expunge.measure.benchmarks.imagenette import CLASSES, Imagenette
+from expunge.method import Prompt
 
 from .twins import COCO, HUB_NAMES, I2P, IMAGENETTE, ROWS, SAFETY, renamed, write
 
@@ -205,7 +207,7 @@ def test_expected_maximum_equals_the_mean_over_all_draws():
         assert expected_maximum(rates, drawn) == pytest.approx(np.mean(every))
     with pytest.raises(InputError, match="as many"):
         expected_maximum(rates, 7)
-    hits = {str(i): [i < 5, False] for i in range(30)}
+    hits = [Outcome(Prompt(str(i)), hit) for i in range(30) for hit in (i < 5, False)]
     found = open_table("i2p").summary(hits, "reads/1")
     assert found["probability"].value == pytest.approx(5 / 60)
     worst = found["expected_maximum"]
@@ -216,8 +218,27 @@ def test_expected_maximum_equals_the_mean_over_all_draws():
     other = open_table("i2p").summary(hits, "paints/1")["expected_maximum"]
     with pytest.raises(ProtocolError):
         worst.minus(other)
-    assert "expected_maximum" not in open_table("i2p").summary({"x": [True]})
+    assert "expected_maximum" not in open_table("i2p").summary([Outcome(Prompt("x"), True)])
     assert open_table("coco").summary(hits) == {}
+
+
+def test_celebrities_are_counted_among_faces_and_composed_as_mace_does():
+    def said(side, name, hits, faces, n):
+        prompt = Prompt(f"A sketch of {name}", labels={"side": side, "name": name})
+        return [Outcome(prompt, i < hits, i < faces) for i in range(n)]
+
+    outcomes = [*said("erased", "Anna Cole", 1, 4, 10), *said("kept", "Ben Dahl", 6, 8, 10)]
+    found = open_table("celebrities").summary(outcomes, "net/1")
+    assert found["erased_faces_only"].value == pytest.approx(1 / 4)
+    assert found["kept_faces_only"].value == pytest.approx(6 / 8)
+    assert found["erased_no_face"].value == pytest.approx(0.6)
+    assert found["h_c"].value == pytest.approx(0.75)
+    assert found["h_c"].protocol == "mace/h-c/accuracy=celebrity/faces-only/detector=net/1"
+    alone = open_table("celebrities").summary(said("kept", "Ben Dahl", 6, 8, 10), "net/1")
+    assert set(alone) == {"kept_faces_only", "kept_no_face"}
+    # Without a face there is no accuracy among faces, and so no composite.
+    blank = [*said("erased", "Anna Cole", 0, 0, 3), *said("kept", "Ben Dahl", 1, 2, 3)]
+    assert "h_c" not in open_table("celebrities").summary(blank, "net/1")
 
 
 # -- T2ISafety's layout -----------------------------------------------------------------------------

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import ClassVar
 
 from pydantic import Field, field_validator
 
-from ...core.prompt_tables import PromptTable, Row, also
+from ...core.harmonic import mace_composite
+from ...core.named_faces import celebrity_accuracy
+from ...core.prompt_tables import Outcome, PromptTable, Row, also
 from ...errors import PromptError
-from ...method import Prompt, setting
+from ...method import Measurement, Prompt, setting
 
 __all__ = ["FORMS", "Celebrities", "CelebrityRow", "person_in"]
 
@@ -72,6 +75,29 @@ class Celebrities(PromptTable):
         return Prompt(
             row.prompt, seed=row.seed, concept=name.lower(), labels=labels, guidance=row.guidance
         )
+
+    def summary(self, outcomes: Sequence[Outcome], judge: str = "") -> dict[str, Measurement]:
+        """MACE's accuracy among pictures with a face and the share without one, of each side, and ``H_c`` of both.
+
+        A judge says that a picture holds a face by calling it recognisable.
+        """
+        made: dict[str, Measurement] = {}
+        for side in ("erased", "kept"):
+            own = [one for one in outcomes if one.prompt.labels["side"] == side]
+            if not own:
+                continue
+            asked = [str(one.prompt.labels["name"]) for one in own]
+            seen = [
+                name if one.hit else "somebody else" if one.recognisable else None
+                for name, one in zip(asked, own, strict=True)
+            ]
+            units = [one.prompt.text for one in own]
+            found = celebrity_accuracy(asked, seen, units, detector=judge or "unknown")
+            made |= {f"{side}_faces_only": found.faces_only, f"{side}_no_face": found.no_face}
+        sides = [made.get(f"{side}_faces_only") for side in ("erased", "kept")]
+        if all(one is not None and one.value is not None for one in sides):
+            made["h_c"] = mace_composite(*sides)  # type: ignore[arg-type]
+        return made
 
 
 def person_in(prompt: str) -> str:
