@@ -4,7 +4,8 @@
 
 Ordinal claims, object "star", budget ``world``, test prompts and seeds:
 
-    img2img/falls-with-strength     hit rates on never and on ESD fall from each strength to the next
+    img2img/falls-with-strength     hit rates on never and on ESD fall in all, and rise from no strength to the next by
+                                    more than 2 points
     img2img/advantage               on ESD at least 10 points above never at some strength
     img2img/control                 a picture of something else brings back less than one of a star (ESD)
     inpainting/advantage            on ESD at least 10 points above never at some strength

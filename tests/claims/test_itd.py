@@ -12,7 +12,7 @@ Ordinal claims (arXiv 2503.09446), preset ``world``, an autoencoder and edits fo
                  Control: with the gate always open none is
     grows        1, 5 and 10 concepts with one autoencoder: the rate of the others falls by at most 3 points
     contrast     without it the others' rate is at least 10 points lower
-    tau          at 0 more of the five are shown than at the preset's
+    tau          at 0 at least 5 points more of the five are shown than at the preset's
     synonyms     words nobody listed are shown more than the listed ones; with prompts of such a word among the target
                  prompts, less than before
 """

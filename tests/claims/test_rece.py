@@ -8,7 +8,7 @@ Ordinal claims (arXiv 2308.14761 and 2407.12383), object "star", preset ``world`
     kept      neighbours the eraser was not told of keep their rate within 5 points
     breaks    the derived embedding brings UCE back to at least half of the original's rate
     resists   derived afresh, it recovers on RECE less than half of what it recovers on UCE
-    never     fed to the never model it stays within 5 points of that model's plain rate
+    never     fed to the never model it stays within 5 points of that model's plain rate; on the original at least 90 %
 
 "never" is the control: an attack that shows the concept in a model that never saw it would measure nothing.
 If "breaks" fails, UCE's edit is not a weak eraser in this world and "resists" says nothing.

@@ -4,7 +4,8 @@
 
 Ordinal claims (arXiv 2410.08074), object "star", budget ``world``, test prompts and seeds:
 
-    brings-back       on ESD related pictures bring back more than on never, at some point of the curve
+    brings-back       on ESD related pictures raise the advantage over never by more than 5 points, at some point of
+                      the curve
     related           on ESD related pictures bring back more than unrelated ones
     concept           on ESD pictures of star itself bring back more than related ones (the upper bound; the original
                       draws them, where the world renders the others, and the budget is raised by what that costs)
