@@ -16,7 +16,7 @@ from expunge.method.intervals import wilson
 from expunge.run.sweep.board import board
 from expunge.run.sweep.drawing import scatter
 from expunge.run.sweep.numbers import Estimate, Table, harmonic, mean
-from expunge.run.sweep.page import head, markdown, number, order, page, stability, write
+from expunge.run.sweep.page import concepts, head, markdown, number, order, page, stability, write
 from expunge.run.sweep.record import Bits, Record, Row, Told, read
 from expunge.run.sweep.record import write as write_record
 
@@ -427,6 +427,19 @@ def test_each_concept_is_shown_alone_and_ranks_are_compared_between_them(
     found = both["stability"]["concepts"]
     assert found["mean_tau"] == -1 and found["first_in"] == [1, 2]
     assert "between concepts: mean \u22121.00 (star and heart: \u22121.00)" in stability(both)
+
+
+def test_a_concept_attacked_in_part_shows_no_robustness() -> None:
+    rows = []
+    for concept in ("heart", "star"):
+        rows += [*controls(concept), measures(concept, "uce", 19)]
+        for search in ("a", "b"):
+            rows += [*triad(concept, search, 20, 0), attacked(concept, "uce", search, 5)]
+    del rows[-1]
+    (row,) = concepts(board(recorded(rows)))["rows"]
+    heart, star = row["cells"][:4], row["cells"][4:]
+    assert heart[0][0] == "0.75" and star[:2] == [("\u2013", "1 to be run")] * 2
+    assert star[2][0] == "0.95"
 
 
 def test_a_search_is_held_against_the_control_pair_by_pair(both: dict[str, Any]) -> None:
