@@ -129,7 +129,8 @@ def test_the_gate_belongs_to_the_prompt_in_both_branches(model):
     flags = torch.tensor([False, False, True, True])
     found = gate.of(model, both, flags)
     alone = gate.of(model, model.encode(["a star", "a circle"]))
-    assert torch.equal(found, alone.repeat(2))
+    # Rows of a batch of another size may differ in the last bit: which kernel runs is the processor's choice.
+    torch.testing.assert_close(found, alone.repeat(2), rtol=0, atol=1e-6)
     assert not torch.equal(
         gate.of(model, both), found
     )  # outside guidance each row goes by its own text
