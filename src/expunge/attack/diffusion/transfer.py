@@ -183,15 +183,15 @@ class Transfer(Attack):
         inner = self._inner(original, allowance, concept)
         with original.lifted():
             state = (original.state.key, original.protocol_key)
+        given = Edit.load(self.origin) if self._by_file else None
         # A file may be written anew while the process lives; what is in it names the surrogate.
-        by_file = self.origin.endswith(".safetensors")
-        origin = Edit.load(self.origin).digest if by_file else self.origin
+        origin = self.origin if given is None else given.digest
         shared = (self.id, self.version, inner.id, inner.version, inner.settings(), origin, state, concept,
                   judge.protocol, allowance, seed)  # fmt: skip
         keys = [repr((*shared, prompt)) for prompt in asked]
 
         def search(new: list[int]) -> list[tuple[list[str], int]]:
-            with self._opened(original, concept, seed) as owned:
+            with self._opened(original, concept, seed, given) as owned:
                 heard = Unheeding(judge) if self.origin == "original" else judge
                 made = inner.attack(
                     owned, concept, heard, allowance, prompts=[asked[k] for k in new],
@@ -219,32 +219,39 @@ class Transfer(Attack):
         return made
 
     @contextlib.contextmanager
-    def _opened(self, original: Any, concept: Concept, seed: int) -> Iterator[Any]:
-        """The model that texts are searched on."""
+    def _opened(
+        self, original: Any, concept: Concept, seed: int, given: Edit | None
+    ) -> Iterator[Any]:
+        """The model that texts are searched on; ``given``: the surrogate's edit, where a file holds it."""
         if self.origin == "original":
             with original.lifted():
                 yield original
-        elif self.origin.endswith(".safetensors") or self._eraser() is not None:
-            with original.lifted(), self._edit(original, concept, seed).on(original):
-                yield original
+        elif self._on_original:
+            with original.lifted():
+                # An eraser fits the original, so that is lifted first.
+                surrogate = self._made(original, concept, seed) if given is None else given
+                with surrogate.on(original):
+                    yield original
         else:
             yield load(self.origin).beside(original)
 
     @property
     def _on_original(self) -> bool:
         """Whether the model that texts are searched on is the original, as it is or edited."""
-        named = self.origin == "original" or self.origin.endswith(".safetensors")
-        return named or self._eraser() is not None
+        return self.origin == "original" or self._by_file or self._eraser() is not None
+
+    @property
+    def _by_file(self) -> bool:
+        return self.origin.endswith(".safetensors")
 
     def _eraser(self) -> type[Eraser] | None:
         ids = [system.id for system in catalogue.implemented("erase", "diffusion")]
         return catalogue.resolve(self.origin) if self.origin in ids else None
 
-    def _edit(self, original: Any, concept: Concept, seed: int) -> Edit:
-        """The surrogate's edit: read, or made once for the process."""
+    def _made(self, original: Any, concept: Concept, seed: int) -> Edit:
+        """The edit of the eraser that is named, made once for the process."""
         eraser = self._eraser()
-        if eraser is None:
-            return Edit.load(self.origin)
+        assert eraser is not None
         method = eraser.configured(
             eraser.preset_for(concept.kind, "world" if original.companions is not None else None)
         )
