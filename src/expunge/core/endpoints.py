@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import http.client
 import io
 import json
@@ -25,7 +26,7 @@ import numpy as np
 
 from ..errors import JudgeError, SettingError
 
-__all__ = ["Endpoint", "Refused", "png_bytes", "png_url"]
+__all__ = ["Endpoint", "Refused", "png_bytes", "png_url", "question_key"]
 
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 """Answers of a server after which asking again may help."""
@@ -42,6 +43,15 @@ class Refused(Exception):
     def __init__(self, reason: str, again: bool, wait: float | None = None) -> None:
         super().__init__(reason)
         self.again, self.wait = again, wait
+
+
+def question_key(question: str, picture: np.ndarray) -> str:
+    """Names a question about a picture, for answers that are kept.
+
+    By the shape too: two flat pictures, one upright and one lying, have the same bytes.
+    """
+    named = f"{question}|{picture.shape}|".encode()
+    return hashlib.sha256(named + picture.tobytes()).hexdigest()
 
 
 def png_bytes(picture: np.ndarray) -> bytes:

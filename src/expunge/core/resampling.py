@@ -26,6 +26,7 @@ __all__ = [
     "mean_difference",
     "mean_rate",
     "rate",
+    "reaching",
     "resampled_sums",
     "resamples",
     "unseen",
@@ -246,7 +247,7 @@ def mean_difference(
     low, high = np.percentile(np.mean(drawn, axis=0), [2.5, 97.5])
     value = float(np.mean(values))
     reach = (math.hypot(*side) / len(groups) for side in (below, above))
-    return value, _reaching(value, (float(low), float(high)), *reach), prompts
+    return value, reaching(value, (float(low), float(high)), *reach), prompts
 
 
 def bootstrap_difference(
@@ -265,10 +266,11 @@ def bootstrap_difference(
     value, span, n = bootstrap_mean(first - second, prompts, seed)
     if span is None:
         return value, None, n
-    return value, _reaching(value, span, *unseen_difference(first, second, prompts)), n
+    return value, reaching(value, span, *unseen_difference(first, second, prompts)), n
 
 
-def _reaching(value: float, span: Span, below: float, above: float) -> Span:
+def reaching(value: float, span: Span, below: float, above: float) -> Span:
+    """An interval of ``value`` that reaches at least as far ``below`` and ``above`` it."""
     return min(span[0], value - below), max(span[1], value + above)
 
 

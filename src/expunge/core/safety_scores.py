@@ -19,6 +19,7 @@ from ..method import Calibration, Measurement, Outputs, Prompt
 from .group_balance import Balance, balance, confusion, corrected_share
 from .resampling import mean_rate, rate
 from .safety_taxonomy import Attribute, Seen, Taxonomy
+from .vision import uint8_pictures
 
 __all__ = ["Errors", "Guard", "SafetyReport", "agreement", "look", "safety_report"]
 
@@ -140,11 +141,7 @@ def look(
         if output is None:
             found[index] = Seen("refused")
             continue
-        picture = np.asarray(output)
-        if picture.ndim != 3 or picture.dtype != np.uint8:
-            raise InputError(
-                f"a picture must be uint8 (height, width, 3), got {picture.dtype} {picture.shape}"
-            )
+        (picture,) = uint8_pictures([output])
         if picture.std(axis=(0, 1), dtype=np.float64).max() <= blank:
             found[index] = Seen("blank")
         else:

@@ -19,6 +19,7 @@ from ..core.resampling import (
     mean_difference,
     mean_rate,
     rate,
+    reaching,
     resamples,
     unseen,
     wilson,
@@ -76,8 +77,8 @@ def recovered(
         return float((e - n) / (o - n)), None
     low, high = np.percentile(ratios, [2.5, 97.5])
     value = float((e - n) / (o - n))
-    below, above = (reach / (o - n) for reach in unseen(erased, prompts))
-    return value, (min(float(low), float(value - below)), max(float(high), float(value + above)))
+    below, above = (float(far / (o - n)) for far in unseen(erased, prompts))
+    return value, reaching(value, (float(low), float(high)), below, above)
 
 
 def measures_nothing(hits: int, n: int, false_positives: float) -> bool:

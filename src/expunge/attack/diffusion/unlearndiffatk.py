@@ -303,18 +303,17 @@ class UnlearnDiffAtk(Attack):
     ) -> Tensor:  # fmt: skip
         """``x_0`` of each searched item's target; one that the original draws is paid for."""
         prompts = [trials.prompts[i] for i in rest]
-        # An autoencoder may be wider than the denoiser, which is to be given its own precision.
         if target == "own":
-            shown = np.stack([trials.best[i] for i in rest])
-            return model.latents_of(shown).to(model.device, model.dtype)
-        if target == "pictures":
-            shown = _dealt(given, seed, item_keys(prompts))
-            return model.latents_of(shown).to(model.device, model.dtype)
-        with original.lifted():
-            targets = outputs(original, prompts, cache=SHARED, **trials.options)
-            latents = original.latents_of(targets).to(model.device, model.dtype)
-            trials.ledger.spend(rest, trials.price_on(original))
-        return latents
+            latents = model.latents_of(np.stack([trials.best[i] for i in rest]))
+        elif target == "pictures":
+            latents = model.latents_of(_dealt(given, seed, item_keys(prompts)))
+        else:
+            with original.lifted():
+                targets = outputs(original, prompts, cache=SHARED, **trials.options)
+                latents = original.latents_of(targets)
+                trials.ledger.spend(rest, trials.price_on(original))
+        # An autoencoder may be wider than the denoiser, which is to be given its own precision.
+        return latents.to(model.device, model.dtype)  # type: ignore[no-any-return]
 
 
 def _dealt(pictures: Any, seed: int, keys: Sequence[str]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...core.endpoints import Endpoint
+from ...core.endpoints import Endpoint, question_key
 from ...core.safety_answers import people_question, read_person, read_safety, safety_question
 from ...core.safety_judges import SafetyJudge
 from ...core.safety_taxonomy import PUBLISHED, Seen, Taxonomy
@@ -56,9 +56,7 @@ class ImageGuard(SafetyJudge):
         read = {"safety": read_safety, "people": read_person}[question]
         found = []
         for picture in map(np.asarray, outputs):
-            # The shape too: two flat pictures, one upright and one lying, have the same bytes.
-            named = f"{question}|{picture.shape}|".encode()
-            key = hashlib.sha256(named + picture.tobytes()).hexdigest()
+            key = question_key(question, picture)
             if key not in self._answers:
                 self._answers[key] = self._one(self.questions[question], read, picture)
             found.append(self._answers[key])

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ...concept import Concept
-from ...core.endpoints import Endpoint
+from ...core.endpoints import Endpoint, question_key
 from ...errors import JudgeError, SettingError
 from ...method import Judge, Outputs, Prompt, Verdicts
 
@@ -76,9 +76,7 @@ class VisionLanguage(Judge):
         names = " (also called ".join((concept.name, ", ".join(concept.phrases)))
         asked = self.question.replace("{concept}", f"{names})" if concept.phrases else concept.name)
         pictures = [np.asarray(picture) for picture in outputs]
-        # The shape too: two flat pictures, one upright and one lying, have the same bytes.
-        named = [f"{asked}|{p.shape}|".encode() + p.tobytes() for p in pictures]
-        keys = [hashlib.sha256(one).hexdigest() for one in named]
+        keys = [question_key(asked, picture) for picture in pictures]
         new = {k: p for k, p in zip(keys, pictures, strict=True) if k not in self._answers}
         with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
             answers = pool.map(lambda picture: self._one(asked, picture), new.values())

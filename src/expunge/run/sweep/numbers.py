@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ...core.resampling import layered, unseen
+from ...core.resampling import layered, reaching, unseen
 from ...evidence.statistics import MINIMUM_RANGE
 from .record import Bits, Record, Row
 
@@ -44,7 +44,7 @@ class Estimate:
         if not len(usable):
             return None
         low, high = np.percentile(usable, [2.5, 97.5])
-        return min(float(low), self.value - self.below), max(float(high), self.value + self.above)
+        return reaching(self.value, (float(low), float(high)), self.below, self.above)
 
     def minus(self, other: Estimate) -> Estimate:
         """The difference, resample by resample."""
