@@ -300,6 +300,10 @@ def markdown(board: Mapping[str, Any], plot: str | None) -> str:
         parts += ["Erasers that refused a concept:", "\n".join(refused)]
     parts += ["## Attacks", order(board), _status_table(board)]
     parts += _matrices(board, "##")
+    for curve in curves(board):
+        points = [list(point) for point in curve["points"]]
+        parts += [f"### `{pages.cell(curve['label'])}` along its budget", "Mean advantage over never of all erasers.",
+                  pages.table([pages.cell(curve["of"]), "advantage", "95 % interval"], points)]  # fmt: skip
     overview = concepts(board)
     if overview["groups"]:
         titles = [f"{g}: {c}" for g in overview["groups"] for c in overview["columns"]]
@@ -310,10 +314,6 @@ def markdown(board: Mapping[str, Any], plot: str | None) -> str:
         parts += ["## Each concept alone", pages.table(["eraser", *map(pages.cell, titles)], lines)]
     for concept, alone in board["by_concept"].items():
         parts += [f"### {pages.cell(concept)}", order(alone), *_matrices(alone, "####")]
-    for curve in curves(board):
-        points = [list(point) for point in curve["points"]]
-        parts += [f"### `{pages.cell(curve['label'])}` along its budget", "Mean advantage over never of all erasers.",
-                  pages.table([pages.cell(curve["of"]), "advantage", "95 % interval"], points)]  # fmt: skip
     parts += [
         "## How it was made",
         pages.table(["", ""], [[k, pages.cell(v)] for k, v in made(board)]),
