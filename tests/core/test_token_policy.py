@@ -38,8 +38,12 @@ def test_start_content_and_end_are_found_whatever_the_tokenizer():
     assert (text.first, text.last, text.end, text.content) == (1, 3, 4, (5, 6, 7))
     zero_padded = span(OPEN_CLIP, [90, 5, 6, 91, 0, 0])
     assert (zero_padded.first, zero_padded.last, zero_padded.end) == (1, 2, 3)
+    exclaimed = span(OPEN_CLIP, [90, 5, 0, 6, 91, 0, 0])  # what pads may stand in the text as well
+    assert (exclaimed.last, exclaimed.content) == (3, (5, 0, 6))
     sentence_piece = span(T5, [5, 6, 1, 0, 0])
     assert (sentence_piece.first, sentence_piece.last, sentence_piece.end) == (0, 1, 2)
+    endless = span(T5, [5, 6, 0, 0])  # a tokenizer that sets no end token, as Gemma's
+    assert (endless.last, endless.end) == (1, 2)
     full = span(T5, [5, 6, 7])  # cut at the context length: no end token is left
     assert (full.first, full.last, full.end) == (0, 2, 3)
     assert span(T5, [1, 0, 0]).last == 0

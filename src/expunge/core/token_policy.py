@@ -143,9 +143,10 @@ def span(tokenizer: Any, ids: Sequence[int]) -> Span:
     )
     # A tokenizer may use one token as start and end; the one at index 0 is then the start.
     first = 1 if ids and start is not None and ids[0] == start else 0
-    for index in range(first, len(ids)):
-        if ids[index] in (stop, pad):
-            return Span(ids, first, index)
+    # Padding ends a text only where no end token does: in SD 2.x it is "!", which a text may hold as well.
+    for mark in (stop, pad):
+        if mark in ids[first:]:
+            return Span(ids, first, ids.index(mark, first))
     return Span(ids, first, len(ids))
 
 
