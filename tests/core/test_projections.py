@@ -10,6 +10,7 @@ import torch
 from expunge import Concept
 from expunge.core import fusion
 from expunge.core.closed_form import Moments, ValueMoments
+from expunge.core.concept_prompts import concept_prompts
 from expunge.core.projections import (
     Projections,
     erased_pairs,
@@ -17,6 +18,7 @@ from expunge.core.projections import (
     registered_texts,
 )
 from expunge.core.token_policy import stream_pairs, stream_rows
+from expunge.erase.diffusion.itd import ItD
 from expunge.erase.diffusion.mace import MACE
 from expunge.erase.diffusion.realera import RealEra
 from expunge.erase.diffusion.rece import RECE
@@ -106,6 +108,8 @@ def test_without_phrases_no_prompt_with_a_phrase_is_erased():
     assert [pair.erased for pair in own] == [
         "star", "a star", "a photo of star 0", "a photo of star 1",
     ]  # fmt: skip
+    read = concept_prompts(ItD(erase_phrases=False, **options), model, [concept], (), ["a dog"])
+    assert read.targets == ("star", "a star", "a photo of star 0", "a photo of star 1")
     assert set(asked) == {"name"}
     assert UCE(**options).erase(model, concept).manifest.report["pairs"] == 8  # control
 

@@ -96,7 +96,9 @@ def concept_prompts(
             *erased_pairs(
                 [concept], method.guide, phrases=method.erase_phrases, templates=method.templates or five(concept.kind)
             ),
-            *registered_texts(model, [concept], method.guide, method.context_prompts, 0)[0],
+            *registered_texts(
+                model, [concept], method.guide, method.context_prompts, 0, phrases=method.erase_phrases
+            )[0],
         )
     ]  # fmt: skip
     targets = [*given["targets"], *(pair.erased for pair in pairs)]
