@@ -18,10 +18,13 @@ from expunge.core.projections import (
     registered_texts,
 )
 from expunge.core.token_policy import stream_pairs, stream_rows
+from expunge.erase.diffusion.all_but_one import AllButOne
+from expunge.erase.diffusion.co_erasing import CoErasing
 from expunge.erase.diffusion.itd import ItD
 from expunge.erase.diffusion.mace import MACE
 from expunge.erase.diffusion.realera import RealEra
 from expunge.erase.diffusion.rece import RECE
+from expunge.erase.diffusion.sld import SLD
 from expunge.erase.diffusion.trce import TRCE
 from expunge.erase.diffusion.uce import UCE
 from expunge.errors import ConceptError, SettingError
@@ -134,6 +137,15 @@ def test_requests_that_would_do_nothing_are_refused_before_any_work(model, metho
     assert not {name for name in model.cost.since(before) if name.startswith("denoiser")}
     with pytest.raises(SettingError, match="subject holds"):
         TRCE(subject="a photo").erase(model, star)
+
+
+@pytest.mark.parametrize("method", [AllButOne(), CoErasing(), ItD(), SLD()], ids=lambda m: m.id)
+def test_what_is_erased_is_kept_by_no_other_eraser_either(model, method):
+    before, star = model.cost.snapshot(), Concept("star", phrases=("pentagram",))
+    for keep in ("star", [Concept("pentagram")], ["heart", Prompt("Star")]):
+        with pytest.raises(ConceptError, match="also erased"):
+            method.erase(model, star, keep=keep)
+    assert not model.cost.since(before)
 
 
 def test_prompts_are_kept_as_their_texts(model):

@@ -126,7 +126,7 @@ class AllButOne(Eraser):
         model.check_family(self)
         self.without_data(data)
         model.needs("gradients")
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         told = kept_texts(keep)
         counted = model.cost.snapshot()
         goals = self._goals(wanted)

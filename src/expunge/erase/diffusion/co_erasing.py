@@ -133,7 +133,8 @@ class CoErasing(Eraser):
         """
         model.check_family(self)
         model.needs("gradients", "generate")
-        wanted, counted, start = as_concepts(concepts), model.cost.snapshot(), time.monotonic()
+        wanted = as_concepts(concepts, keep)
+        counted, start = model.cost.snapshot(), time.monotonic()
         kept = names_of(keep)
         with_place(self.id, "template", [self.template])
         branch = None if self.evidence == "text" else _branch(model, data)

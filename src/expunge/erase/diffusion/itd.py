@@ -167,7 +167,7 @@ class ItD(Eraser):
         """
         model.check_family(self)
         model.needs("controls", "activations")
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         self._refuse_half_a_reference()
         places = sites(model, self.layers, self.towers or None)
         counted, began = model.cost.snapshot(), time.monotonic()

@@ -121,7 +121,7 @@ class SLD(Eraser):
         seed: int = 0,
         run: str | Path | None = None,
     ) -> Edit:
-        """An edit that acts; nothing is learnt, and ``keep`` and ``seed`` have no part.
+        """An edit that acts; nothing is learnt, and ``keep`` and ``seed`` have no part but in the record.
 
         Raises:
             MissingCapability: Guidance of the model has no second branch.
@@ -130,7 +130,7 @@ class SLD(Eraser):
         model.check_family(self)
         self.without_data(data)
         model.needs("controls")
-        started, wanted = time.monotonic(), as_concepts(concepts)
+        started, wanted = time.monotonic(), as_concepts(concepts, keep)
         _two_branches(model)
         texts = self.texts([concept.to_dict() for concept in wanted])
         return Edit.make(
