@@ -329,6 +329,22 @@ def test_what_does_not_fit_is_reported(model):
     assert cut == {"tokenizer": 30 + 2 - 16}
 
 
+@pytest.mark.parametrize(
+    ("layout", "wanted"),
+    [
+        ("pixart", {"tokenizer": 300 + 1 - 120}),
+        ("sd3", {"tokenizer": 300 + 2 - 16, "tokenizer_2": 300 + 2 - 16, "tokenizer_3": 300 + 1 - 256}),
+    ],
+)  # fmt: skip
+def test_what_a_pipeline_cuts_before_the_tokenizer_would_is_reported(layout, wanted):
+    model = tiny_layout(layout)
+    edit = SLD(text="star " * 300).erase(model, STAR)
+    assert edit.manifest.report["safety_tokens_cut"] == wanted
+    parts = ("tokenizer", "tokenizer_3") if layout == "sd3" else ("tokenizer",)
+    rows = sum(model.layout.room(part) for part in parts)
+    assert model.encode("star").embeddings.shape[1] == rows
+
+
 def test_it_travels_and_stacks(model, tmp_path):
     edit = strong().erase(model, STAR)
     edit.save(tmp_path / "sld.safetensors")

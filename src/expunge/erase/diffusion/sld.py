@@ -176,7 +176,7 @@ def _cut(model: DiffusionModel, texts: Sequence[str]) -> dict[str, int]:
     """Tokens of all safety texts that do not fit, by tokenizer; the pipelines cut without a word."""
     found = {}
     for name, own in model.vocabularies().items():
-        room = own.tokenizer.model_max_length
+        room = model.layout.room(name)
         made = own.tokenizer(own.prepared(texts), truncation=False).input_ids
         found[name] = sum(max(0, len(ids) - room) for ids in made)
     return found

@@ -140,6 +140,10 @@ class Layout(ABC):
         self._count(texts)
         return self._encoded(list(texts))
 
+    def room(self, tokenizer: str) -> int:
+        """Tokens of a text that fit, start and end among them, by the name of a tokenizer; the rest is cut."""
+        return int(getattr(self.pipeline, tokenizer).model_max_length)
+
     def prepared(self, texts: Sequence[str]) -> list[str]:
         """Texts as the pipeline writes them before its tokenizer sees them."""
         return list(texts)

@@ -44,6 +44,10 @@ class _Captioned(Layout):
             rows = self.projected(self.encode(texts).embeddings.to(self.dtype))
         return (Segment(self.pipeline.tokenizer, ids, rows, mask),)
 
+    def room(self, tokenizer: str) -> int:
+        """The pipeline's own length; what the tokenizer says is far more."""
+        return self._length
+
     def prepared(self, texts: Sequence[str]) -> list[str]:
         """Texts as the pipeline's own preprocessing writes them."""
         return self.pipeline._text_preprocessing(list(texts), clean_caption=self._cleaned)

@@ -60,6 +60,10 @@ class _Joint(Layout):
     def _length(self) -> int:
         return int(self.default("max_sequence_length", 256))
 
+    def room(self, tokenizer: str) -> int:
+        """Of T5, the last tokenizer, the pipeline's own length; what that says is more."""
+        return self._length if tokenizer == self.tokenizers[-1] else super().room(tokenizer)
+
     def settings(self) -> dict[str, Any]:
         """Also the rows of a text that T5 makes."""
         return {**super().settings(), "length": self._length}
