@@ -92,17 +92,16 @@ def guide_of(concept: Concept, guide: str | None) -> str:
     Styles become "art" and everything else the empty text, as in UCE.
 
     Raises:
-        SettingError: The setting is the concept itself, which would change nothing.
+        SettingError: It is the concept itself, which would change nothing.
     """
-    if guide is not None:
-        if guide.strip().lower() in (name.lower() for name in concept.names):
-            raise SettingError(
-                f"the guide {guide!r} is {concept.name!r} itself; choose what may take its place"
-            )
-        return guide
-    if concept.anchor is not None:
-        return concept.anchor
-    return "art" if concept.kind == "style" else ""
+    instead = concept.anchor if guide is None else guide
+    if instead is None:
+        instead = "art" if concept.kind == "style" else ""
+    if instead.strip().lower() in (name.lower() for name in concept.names):
+        raise SettingError(
+            f"the guide {instead!r} is {concept.name!r} itself; choose what may take its place"
+        )
+    return instead
 
 
 def erased_pairs(

@@ -96,6 +96,8 @@ def test_the_guide_is_the_setting_then_the_anchor_then_by_kind(model):
     style = Concept("star", kind="style")
     assert digest(UCE().erase(model, style)) == digest(UCE(guide="art").erase(model, style))
     assert digest(UCE().erase(model, style)) != digest(UCE(guide="").erase(model, style))
+    with pytest.raises(SettingError, match="'art' is 'Art' itself"):
+        UCE().erase(model, Concept("Art", kind="style"))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
