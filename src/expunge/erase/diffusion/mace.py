@@ -152,8 +152,9 @@ class MACE(Eraser):
     ) -> Edit:
         """Refine, train one change for each concept, fuse.
 
-        ``keep`` is the domain.  ``data`` is a mapping: ``pictures``, concept name -> ``(pictures, masks or
-        None, captions)`` (see :class:`~expunge.models.base.Pictures`), and ``captions``, general texts.
+        ``keep`` is the domain, which weighs nothing where ``preserve_scale`` or ``domain_scale`` is 0.  ``data`` is a
+        mapping: ``pictures``, concept name -> ``(pictures, masks or None, captions)`` (see
+        :class:`~expunge.models.base.Pictures`), and ``captions``, general texts.
         """
         model.check_family(self)
         model.needs("gradients", "controls")
