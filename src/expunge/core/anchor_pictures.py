@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..concept import Concept
-from ..errors import InputError, SettingError
+from ..errors import InputError, MissingCapability, SettingError
 from ..models.base import Pictures, noise_generator
 from . import examples, scores
 from .mentions import exchanged, without
@@ -159,6 +159,7 @@ def anchor_pictures(
 
     Raises:
         InputError: No caption is left, or pictures are of something else or of another size than the model's.
+        MissingCapability: ``avoid`` without a branch for a negative text.
     """
     own, general = examples.given(data, model)
     unused = [name for name in own if name not in anchors]
@@ -183,7 +184,12 @@ def anchor_pictures(
             int(torch.randint(2**31, (1,), generator=noise_generator(seed, purpose, i)))
             for i in range(count)
         ]
-        negative = concept.name if avoid and model.two_branches else ""
+        if avoid and not model.two_branches:
+            raise MissingCapability(
+                f"{model.name}: avoid=True gives {concept.name!r} as negative text, for which {model.layout.title} has "
+                "no branch; allowed is avoid=False"
+            )
+        negative = concept.name if avoid else ""
         made = model.generate(asked, seeds=seeds, steps=steps, guidance=guidance, negative=negative)
         found.append(AnchorPictures(made, tuple(asked), "model"))
     return found

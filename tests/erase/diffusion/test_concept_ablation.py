@@ -101,6 +101,19 @@ def test_embedding_moves_the_rows_of_the_concepts_own_tokens_only(model):
         ConceptAblation(**SMALL | {"parameters": "embedding"}).erase(tiny_layout("sdxl"), STAR)
 
 
+def test_the_concept_is_a_negative_text_of_its_anchors_pictures_or_refused(monkeypatch):
+    model, seen = tiny_diffusion(), []
+    draw = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda *a, **k: seen.append(k["negative"]) or draw(*a, **k)
+    )
+    for avoid in (False, True):
+        Material(model, [STAR], ConceptAblation(**SMALL | {"avoid": avoid}), None, 0)
+    assert seen == ["", "star"]
+    with pytest.raises(MissingCapability, match="avoid=True gives 'star' as negative text"):
+        ConceptAblation(**SMALL | {"avoid": True}).erase(tiny_layout("flux"), STAR)
+
+
 @pytest.mark.parametrize("name", ["epsilon", "v_prediction", "sdxl", "pixart", "sana"])
 def test_the_concept_comes_to_look_like_the_anchor(name):
     kinds = ("epsilon", "v_prediction")

@@ -94,7 +94,7 @@ class ConceptAblation(Eraser):
     )
     batch: int = setting(8, "pictures a step", minimum=1)
     weight_decay: float = setting(0.01, "of AdamW", minimum=0)
-    clip: float = setting(1.0, "largest norm of a gradient", minimum=0)
+    clip: float = setting(1.0, "largest norm of a gradient; 0: any", minimum=0)
     pictures: int = setting(1000, "anchor pictures that the model makes", minimum=1)
     captions: int = setting(200, "different anchor prompts at most", minimum=1)
     sampling_steps: int = setting(25, "sampling steps of an anchor picture", minimum=1)
@@ -118,7 +118,8 @@ class ConceptAblation(Eraser):
         Raises:
             SettingError: A concept has no anchor.
             InputError: The data is not as described, or no caption speaks of the anchor alone.
-            MissingCapability: ``parameters="embedding"`` on a model without a token table of its own.
+            MissingCapability: ``parameters="embedding"`` on a model without a token table of its own, or ``avoid``
+                on one without a branch for a negative text.
         """
         model.check_family(self)
         model.needs("gradients")
