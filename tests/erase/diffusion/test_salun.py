@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import rich.progress  # noqa: F401  # see the last test
 import torch
+from PIL import Image
 
 from expunge.concept import Concept
 from expunge.core import saliency, scores
@@ -178,6 +179,19 @@ def test_pictures_are_given_drawn_or_refused(model):
     wrong = {"pictures": {"star": pictures("square")}}
     with pytest.raises(InputError, match="does not name"):
         SalUn(**QUICK).erase(model, STAR, data=wrong)
+
+
+def test_the_files_of_a_concept_are_its_pictures(model, tmp_path):
+    shown = pictures(n=3).pictures
+    paths = tuple(str(tmp_path / f"{i}.png") for i in range(3))
+    for path, picture in zip(paths, shown, strict=True):
+        Image.fromarray(picture).save(path)
+    concept, method = Concept("star", phrases=("heart",), images=paths), SalUn(**QUICK)
+    origin, found = method._forgotten(model, concept, {}, 0)
+    assert origin == "files" and np.array_equal(found.pictures, shown)
+    assert found.captions == ("star", "heart", "star")
+    # What is given as data comes first.
+    assert method._forgotten(model, concept, DATA["pictures"], 0)[0] == "data"
 
 
 def test_nothing_an_audit_measures_is_retained_unless_it_was_named():

@@ -16,8 +16,8 @@ with noise ``n``, ``c_f`` their captions, ``c_other`` the captions with the repl
 what is to be retained, ``c_r`` their captions.  Signs are kept while gradients are summed; masks hold exactly.
 
 ``c_other`` is the concept's anchor (``other`` wins over it; styles without one become "art", all else the caption
-without the name).  Where pictures come from: ``data``, else the model's world, else the model draws them.  Retained
-are pictures of every other name in ``data``, of what is to be kept, and of the anchor.
+without the name).  Where its pictures come from: ``data``, else the files it names, else the model's world, else the
+model draws them.  Retained are pictures of every other name in ``data``, of what is to be kept, and of the anchor.
 
 The authors' code encodes the pictures twice, so that the two predictions see slightly different latents, and for a
 time did not apply the mask; here both see one latent.  Ours: thresholds count the tensors that train (with ``xattn``
@@ -158,8 +158,14 @@ class SalUn(Eraser):
     ) -> Shown:
         """Pictures of a concept, each caption naming it by one of its names in turn."""
         names = concept.names if self.erase_phrases else (concept.name,)
-        origin, found = self._shown(
-            model, dataclasses.replace(concept, phrases=names[1:]), own, self.pictures, seed
+        height, width = (side * model.layout.scale_factor for side in model.latent_shape[1:])
+        files = None if concept.name in own else examples.read_pictures(concept, height, width)
+        origin, found = (
+            ("files", files)
+            if files is not None
+            else self._shown(
+                model, dataclasses.replace(concept, phrases=names[1:]), own, self.pictures, seed
+            )
         )
         known = model.companions.concept(concept.name) if model.companions is not None else None
         spoken = (*concept.names, *(known.names if known is not None else ()))
