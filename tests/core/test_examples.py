@@ -81,6 +81,16 @@ def test_what_a_user_gives_wrongly_is_said_in_words(data, match):
         given(data)
 
 
+def test_what_a_method_would_ignore_is_refused():
+    assert given({"captions": ["a"]}, parts=("captions",)) == ({}, ["a"])
+    with pytest.raises(
+        InputError, match="reads no 'pictures'; allowed is a mapping with 'captions'"
+    ):
+        given({"captions": ["a"], "pictures": {}}, parts=("captions",))
+    with pytest.raises(InputError, match="unknown key 'picture'; did you mean 'pictures'"):
+        given({"picture": {}}, parts=("pictures",))
+
+
 def test_pictures_of_another_size_than_the_model_draws_are_refused():
     data = {"pictures": {"star": (wide()[None], None, ["a star"])}}
     assert given(data)[0]["star"].pictures.shape == (1, 20, 40, 3)

@@ -38,8 +38,15 @@ __all__ = [
 ]
 
 
+PARTS = ("pictures", "captions")
+"""What a user may give."""
+
+
 def given(
-    data: Any, model: DiffusionModel | None = None, concepts: Sequence[Concept] = ()
+    data: Any,
+    model: DiffusionModel | None = None,
+    concepts: Sequence[Concept] = (),
+    parts: Sequence[str] = PARTS,
 ) -> tuple[dict[str, Pictures], list[str]]:
     """The user's pictures by concept name, and general captions; both checked, either may be missing.
 
@@ -47,6 +54,7 @@ def given(
         data: The mapping, or ``None``.
         model: Pictures have to be of the size that it draws; ``None`` takes any.
         concepts: What is erased, where pictures are those of its concepts.
+        parts: Those of the two that the method reads; the other would be ignored, and is refused.
 
     Raises:
         InputError: An unknown key, pictures of something else where some of ``concepts`` have none, or pictures,
@@ -56,12 +64,14 @@ def given(
         return {}, []
     if not isinstance(data, Mapping):
         raise InputError(
-            f"data is {type(data).__name__}; allowed is a mapping with 'pictures' and 'captions'"
+            f"data is {type(data).__name__}; allowed is a mapping with {' and '.join(map(repr, parts))}"
         )
     for key in data:
-        if key not in ("pictures", "captions"):
+        if key not in PARTS:
+            raise InputError(f"data: unknown key {key!r}{nearest(str(key), parts)}")
+        if key not in parts:
             raise InputError(
-                f"data: unknown key {key!r}{nearest(str(key), ['pictures', 'captions'])}"
+                f"data: this method reads no {key!r}; allowed is a mapping with {' and '.join(map(repr, parts))}"
             )
     pictures = data.get("pictures", {})
     if not isinstance(pictures, Mapping):

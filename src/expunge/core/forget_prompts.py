@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,11 +108,13 @@ def forget_prompts(
         seed: Seed of such prompts.
 
     Raises:
-        InputError: The data is not as described, a prompt does not name its concept, or nothing is left of the rest.
-        SettingError: A concept has nothing to take its place.
+        InputError: The data is not as described or would be ignored, a prompt does not name its concept, or nothing is
+            left of the rest.
+        SettingError: A concept has nothing to take its place, or unsafe words were given something else.
     """
     given = _given(data)
     classes = tuple(model.layout.classes)
+    _all_read(given, model.name, classes, unsafe, override)
     forget: list[str] = []
     overrides: list[tuple[str, ...]] = []
     # The user's prompts are for all concepts together.
@@ -155,15 +157,39 @@ def _given(data: Any) -> dict[str, list[str]]:
     for key, texts in data.items():
         if key not in KEYS:
             raise InputError(f"data: unknown key {key!r}{nearest(str(key), KEYS)}")
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        listed = list(texts) if isinstance(texts, Iterable) else [texts]
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in listed):
             raise InputError(f"data: {key!r} must be a list of texts; no pictures are read")
-        found[str(key)] = list(texts)
+        found[str(key)] = listed
     pairs = [found.get(key) for key in ("override", "forget")]
     if pairs[0] is not None and len(pairs[0]) != len(pairs[1] or ()):
         raise InputError(
             f"data: {len(pairs[0])} overrides for {len(pairs[1] or ())} prompts to forget; one for each is needed"
         )
+    for key in ("forget", "subjects"):
+        if key in found and not found[key]:
+            raise InputError(f"data: {key!r} is an empty list; leave it out, or name at least one")
     return found
+
+
+def _all_read(
+    given: Mapping[str, Any], model: str, classes: Sequence[str], unsafe: bool, override: str | None
+) -> None:
+    """Refuse what would be ignored."""
+    unread: tuple[str, ...] = ("subjects",)
+    reason = "subjects stand beside unsafe words only"
+    if classes:
+        unread, reason = ("forget", "override", "subjects"), f"{model} draws classes"
+    elif unsafe:
+        unread, reason = ("forget", "override"), "unsafe words are put beside subjects"
+    for key in unread:
+        if key in given:
+            raise InputError(f"data: {key!r} would be ignored, because {reason}; leave it out")
+    if unsafe and not classes and override is not None:
+        raise SettingError(
+            f"override={override!r} would be ignored, because unsafe words are left out and nothing takes their place; "
+            "leave it out, or do without pairing='unsafe'"
+        )
 
 
 def _instead(concept: Concept, override: str | None) -> str | None:

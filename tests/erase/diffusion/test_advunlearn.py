@@ -17,7 +17,7 @@ from expunge.core.tasks import Step
 from expunge.core.trajectories import Trajectories
 from expunge.erase.diffusion.advunlearn import AdvUnlearn, _Game
 from expunge.erase.diffusion.esd import ESD
-from expunge.errors import MissingCapability, SettingError, WrongBase
+from expunge.errors import ConceptError, InputError, MissingCapability, SettingError, WrongBase
 from expunge.testing import bench, tiny_diffusion, tiny_layout
 from expunge.testing.resuming import Killed, writing
 
@@ -328,6 +328,15 @@ def test_settings_that_mean_nothing_are_refused(model, settings, said):
     with pytest.raises(SettingError, match=said):
         erase(model, **settings)
     assert AdvUnlearn(warm_up=5, steps=3, attack_steps=0)
+
+
+def test_what_would_be_ignored_or_contradicts_itself_is_refused(model):
+    with pytest.raises(InputError, match="only with gamma above 0"):
+        erase(model, gamma=0.0)
+    with pytest.raises(InputError, match="reads no 'pictures'"):
+        AdvUnlearn(**QUICK).erase(model, STAR, data={"pictures": {}, **DATA})
+    with pytest.raises(ConceptError, match="to be kept, but also erased"):
+        AdvUnlearn(**QUICK).erase(model, STAR, keep=["square", "heart"], data=DATA)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux"])

@@ -14,7 +14,7 @@ from expunge.core.reversal import depths
 from expunge.core.tasks import Step
 from expunge.erase.diffusion import ant
 from expunge.erase.diffusion.ant import ANT, _Steering
-from expunge.errors import SettingError
+from expunge.errors import ConceptError, InputError, SettingError
 from expunge.testing import bench, tiny_diffusion, tiny_layout
 from expunge.testing.resuming import Killed, writing
 
@@ -284,6 +284,13 @@ def test_a_change_counts_alpha_over_rank_and_is_merged_at_its_scale(model):
         kinds = {tuple(model.tensor(n).shape[2:]) for n in names}
         assert kinds >= {(), (3, 3)}
         assert not any("conv_in" in n or "time_embedding" in n for n in names)
+
+
+def test_what_would_be_ignored_or_contradicts_itself_is_refused(model):
+    with pytest.raises(ConceptError, match="to be kept, but also erased"):
+        ANT(**QUICK, form="multi").erase(model, STAR, keep=["blue", "heart"], data=CAPTIONS)
+    with pytest.raises(InputError, match="reads no 'pictures'"):
+        ANT(**QUICK, form="multi").erase(model, STAR, data={"pictures": {}, **CAPTIONS})
 
 
 def test_the_form_follows_the_number_of_concepts_or_the_setting(model):

@@ -295,6 +295,8 @@ def test_zero_shot_latents_are_gaussian_and_make_one_step_an_epoch(model):
     assert "autoencoder.forward" not in edit.manifest.cost
     with pytest.raises(InputError, match="zero_shot"):
         FewShotErasing(zero_shot=True).erase(model, STAR, data=DATA)
+    with pytest.raises(InputError, match="reads no 'captions'"):
+        FewShotErasing(**QUICK).erase(model, STAR, data={**DATA, "captions": ["a photo"]})
 
 
 def test_several_concepts_each_with_its_own_prompts(model):

@@ -13,7 +13,7 @@ from expunge.core import saliency, scores
 from expunge.core.layer_choice import trainable
 from expunge.core.tasks import Step
 from expunge.erase.diffusion.salun import SalUn, _Relabelling
-from expunge.errors import InputError, SettingError
+from expunge.errors import ConceptError, InputError, SettingError
 from expunge.models.base import Companions, Pictures, noise_generator
 from expunge.testing import bench, tiny_diffusion, tiny_layout
 from expunge.testing.resuming import Killed, writing
@@ -179,6 +179,13 @@ def test_pictures_are_given_drawn_or_refused(model):
     wrong = {"pictures": {"star": pictures("square")}}
     with pytest.raises(InputError, match="does not name"):
         SalUn(**QUICK).erase(model, STAR, data=wrong)
+
+
+def test_what_would_be_ignored_or_contradicts_itself_is_refused(model):
+    with pytest.raises(InputError, match="reads no 'captions'"):
+        SalUn(**QUICK).erase(model, STAR, data={"captions": ["a blue square"]})
+    with pytest.raises(ConceptError, match="to be kept, but also erased"):
+        SalUn(**QUICK).erase(model, STAR, keep=["square", "Heart"])
 
 
 def test_the_files_of_a_concept_are_its_pictures(model, tmp_path):

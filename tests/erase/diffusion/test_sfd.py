@@ -13,6 +13,7 @@ from expunge.core.layer_choice import trainable
 from expunge.erase.diffusion.esd import ESD
 from expunge.erase.diffusion.sfd import SFD, _Rows
 from expunge.errors import (
+    ConceptError,
     InputError,
     MissingCapability,
     MissingPart,
@@ -169,11 +170,34 @@ def test_no_forgotten_class_takes_the_place_of_another_and_classes_are_whole_nam
             "0 overrides for 1",
         ),
         ({"captions": ["a star"]}, InputError, "what is to stay"),
+        ({"captions": 3}, InputError, "list of texts"),
+        ({"forget": [], "captions": ["x"]}, InputError, "'forget' is an empty list"),
+        ({"subjects": ["a man"], "captions": ["x"]}, InputError, "'subjects' would be ignored"),
     ],
 )
 def test_what_is_no_prompt_is_refused(model, data, error, match):
     with pytest.raises(error, match=match):
         asks(model, data=data)
+
+
+def test_what_would_be_ignored_is_refused(model, classes):
+    nude, rest = Concept("nude", kind="unsafe"), {"captions": ["a tree"]}
+    assert asks(model, nude, {**rest, "subjects": ["a king"]}, unsafe=True).forget == (
+        "nude a king",
+        "a king, nude",
+    )
+    with pytest.raises(InputError, match="'subjects' is an empty list"):
+        asks(model, nude, {**rest, "subjects": []}, unsafe=True)
+    with pytest.raises(InputError, match="'forget' would be ignored, because unsafe words"):
+        asks(model, nude, {**rest, "forget": ["a nude"]}, unsafe=True)
+    with pytest.raises(SettingError, match="override='a man' would be ignored"):
+        asks(model, nude, rest, unsafe=True, override="a man")
+    with pytest.raises(InputError, match="'forget' would be ignored, because tiny-classes draws"):
+        asks(classes, STAR, {"forget": ["star"]})
+    with pytest.raises(InputError, match="asked only with pseudo_label"):
+        label_method().erase(classes, STAR, data={"classifier": lambda pictures: pictures})
+    with pytest.raises(ConceptError, match="to be kept, but also erased"):
+        SFD(**QUICK).erase(model, STAR, keep=["heart"], data=DATA)
 
 
 def rows(model, turn, plain=False, concept=STAR, data=DATA, **settings):
@@ -390,6 +414,8 @@ def test_pseudo_labels_are_what_a_classifier_sees_beside_the_class(classes, how)
     assert seen == [6, 4]
     with pytest.raises(InputError, match="classifier"):
         method.erase(classes, Concept("star"))
+    with pytest.raises(InputError, match=r"\(4, 2\) for 4 pictures; allowed .* \(4, 3\)"):
+        method.erase(classes, "star", data={"classifier": lambda p: torch.zeros(len(p), 2)})
     with pytest.raises(InputError, match="model of classes"):
         SFD(pseudo_label=how, **QUICK).erase(tiny_diffusion(), STAR, data=DATA)
 

@@ -172,11 +172,13 @@ class AdvUnlearn(Eraser):
         """
         model.check_family(self)
         model.needs("gradients")
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         counted = model.cost.snapshot()
-        _, captions = examples.given(data)
+        _, captions = examples.given(data, parts=("captions",))
         retained = None
-        if self.gamma or self.mode == "iter":
+        if not self.gamma and self.mode == "reg":
+            self.without_data(data, "gamma above 0")
+        else:
             retained = retain_prompts(
                 model, wanted, keep, captions, count=self.retain_prompts, filtered=self.filtered
             )

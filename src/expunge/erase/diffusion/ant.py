@@ -268,8 +268,9 @@ class ANT(Eraser):
             raise SettingError(
                 f"{self.id}: the multi form walks with the frozen model; walked='student' is not allowed"
             )
+        concepts = as_concepts(concepts, keep)
         began, counted = time.perf_counter(), model.cost.snapshot()
-        _, captions = examples.given(data)
+        _, captions = examples.given(data, parts=("captions",))
         digest, told = examples.examples_digest({}, captions), kept_texts(keep)
         groups = Projections.groups(model)
         general, domain = fusion.preserved(self, model, concepts, keep, captions)

@@ -266,7 +266,7 @@ class _Ascent(finetune.Task):
 
     def _pictures(self, concepts: Sequence[Concept], data: Any) -> list[tuple[Concept, Tensor]]:
         """Latents of each concept's pictures, turned or not, encoded once."""
-        own, _ = examples.given(data)
+        own, _ = examples.given(data, parts=("pictures",))
         names = [concept.name for concept in concepts]
         for name in own.keys() - set(names):
             raise InputError(

@@ -113,9 +113,9 @@ class SalUn(Eraser):
         """
         model.check_family(self)
         model.needs("gradients")
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         counted = model.cost.snapshot()
-        own, _ = examples.given(data, model)
+        own, _ = examples.given(data, model, parts=("pictures",))
         trainable(model, LAYERS[self.layers])  # refused before pictures are made, if it is nothing
         forget = {c.name: self._forgotten(model, c, own, seed) for c in wanted}
         retain = self._retained(model, wanted, kept_texts(keep), own, seed) if self.alpha else {}

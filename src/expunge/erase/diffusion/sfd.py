@@ -171,7 +171,7 @@ class SFD(Eraser):
         """
         model.check_family(self)
         model.needs("gradients", "controls")
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         self._check(model)
         given = dict(data) if isinstance(data, Mapping) else {}
         start, classifier = given.pop("generator", None), given.pop("classifier", None)
@@ -262,6 +262,10 @@ class SFD(Eraser):
     ) -> Callable[[Tensor, Asked, torch.Generator], Condition] | None:
         """The teacher's condition by what a classifier sees, the forgotten classes masked."""
         if self.pseudo_label == "none":
+            if classifier is not None:
+                raise InputError(
+                    "sfd: data holds a 'classifier', which is asked only with pseudo_label='best' or 'drawn'"
+                )
             return None
         names = model.layout.classes
         if not names or classifier is None:
@@ -273,6 +277,11 @@ class SFD(Eraser):
         def relabel(seen: Tensor, rows: Asked, draw: torch.Generator) -> Condition:
             with torch.no_grad():
                 logits = classifier((seen / 2 + 0.5).clamp(0, 1)).float().cpu()
+            if logits.shape != (len(seen), len(names)):
+                raise InputError(
+                    f"data: the classifier answers with {tuple(logits.shape)} for {len(seen)} pictures; allowed are "
+                    f"logits of the model's {len(names)} classes, {(len(seen), len(names))}"
+                )
             logits[:, gone] = -torch.inf
             labels = logits.argmax(1)
             if self.pseudo_label == "drawn":
