@@ -320,6 +320,7 @@ def test_iter_takes_retain_updates_of_their_own(model):
     [
         ({"walked": "student"}, "allowed is walked='frozen'"),
         ({"warm_up": 3}, "no attack would be made"),
+        ({"restarts": 3}, "no point for some of its attacks"),
         ({"placement": "before"}, "placement is 'before'"),
         ({"text_layers": 9}, "allowed is 1 to 2"),
     ],

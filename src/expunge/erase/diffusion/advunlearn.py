@@ -147,6 +147,11 @@ class AdvUnlearn(Eraser):
                 f"{self.id}: warm_up is {self.warm_up} of {self.steps} steps, so no attack would be made; allowed is "
                 "a shorter warm_up, or attack_steps=0"
             )
+        if self.attack_steps and self.restarts > self.batch:
+            raise SettingError(
+                f"{self.id}: restarts is {self.restarts} and batch is {self.batch}, so an update would have no point "
+                "for some of its attacks; allowed is at most one attack a point"
+            )
 
     def erase(
         self,
