@@ -15,6 +15,7 @@ from expunge.core import finetune
 from expunge.edit import Edit
 from expunge.method import Eraser, setting
 from expunge.testing import check_method, checks_for
+from expunge.testing.battery import keeping_what_is_erased_is_refused
 from expunge.testing.resuming import a_killed_run_resumes_to_the_same_edit
 
 METHODS = [s.id for s in catalogue.implemented()]
@@ -46,7 +47,7 @@ class Plain(Eraser):
 
     def erase(self, model, concepts, *, keep=(), data=None, judge=None, seed=0, run=None):
         model.check_family(self)
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         name = model.text_projections()[0]
         self.misbehave(model, name)
         delta = -self.share * model.tensor(name).detach()
@@ -93,6 +94,15 @@ def test_the_battery_notices(fault):
 def test_the_battery_notices_a_source_that_the_docstring_does_not_name():
     with pytest.raises(AssertionError, match="docstring names the source"):
         check_method(variant(source="arXiv 9999.99999"))
+
+
+def test_the_battery_notices_an_eraser_that_keeps_what_it_erases():
+    def erase(self, model, concepts, *, keep=(), **more):
+        return Plain.erase(self, model, concepts, **more)
+
+    keeping_what_is_erased_is_refused(Plain)
+    with pytest.raises(AssertionError, match="erased and kept at the same time"):
+        keeping_what_is_erased_is_refused(variant(erase=erase))
 
 
 class Count(finetune.Task):

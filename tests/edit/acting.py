@@ -42,7 +42,7 @@ class Toy(Eraser):
 
     def erase(self, model, concepts, *, keep=(), data=None, judge=None, seed=0, run=None):
         model.check_family(self)
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         tensors, names = {}, ()
         if self.share:
             names = model.text_projections()[:1]

@@ -168,7 +168,7 @@ class ANT(Eraser):
         """
         model.check_family(self)
         model.needs("gradients")
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         with_place(self.id, "map_templates", self.map_templates)
         with_place(self.id, "templates", self.templates)
         if (self.form or ("single" if len(wanted) == 1 else "multi")) == "multi":
@@ -268,7 +268,6 @@ class ANT(Eraser):
             raise SettingError(
                 f"{self.id}: the multi form walks with the frozen model; walked='student' is not allowed"
             )
-        concepts = as_concepts(concepts, keep)
         began, counted = time.perf_counter(), model.cost.snapshot()
         _, captions = examples.given(data, parts=("captions",))
         digest, told = examples.examples_digest({}, captions), kept_texts(keep)

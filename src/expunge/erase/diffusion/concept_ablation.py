@@ -123,7 +123,7 @@ class ConceptAblation(Eraser):
         """
         model.check_family(self)
         model.needs("gradients")
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         counted = model.cost.snapshot()
         # Before a thousand pictures are made: what cannot be trained is refused.
         _trained(self, model)

@@ -137,7 +137,7 @@ class DoCo(Eraser):
         """
         model.check_family(self)
         model.needs("gradients")
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         counted, kept = model.cost.snapshot(), names_of(keep)
         if self.discriminator == "trained" and self.warm_up >= self.steps:
             raise SettingError(

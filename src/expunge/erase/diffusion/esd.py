@@ -110,7 +110,7 @@ class ESD(Eraser):
         model.check_family(self)
         self.without_data(data)
         model.needs("gradients")
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         counted = model.cost.snapshot()
         task = _Push(self, model, wanted, seed)
         return finetune.train_edit(

@@ -182,7 +182,7 @@ class FewShotErasing(Eraser):
         """The edit of the last epoch; earlier ones go to the run folder and to ``found``, where there are such."""
         model.check_family(self)
         model.needs("gradients")
-        wanted, kept = as_concepts(concepts), names_of(keep)
+        wanted, kept = as_concepts(concepts, keep), names_of(keep)
         counted, started = model.cost.snapshot(), time.monotonic()
         task = _Ascent(self, model, wanted, kept, data, seed)
 

@@ -154,7 +154,7 @@ class GeomErasing(Eraser):
         """
         model.check_family(self)
         model.needs("gradients", "controls")
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         if self.setting == "model" and self.written != "location":
             raise SettingError(
                 f"geom-erasing: with written={self.written!r} and setting='model' nothing would train; allowed is "

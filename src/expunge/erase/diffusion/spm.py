@@ -147,7 +147,7 @@ class SPM(Eraser):
         model.check_family(self)
         self.without_data(data)
         model.needs("gradients", "controls")
-        wanted = as_concepts(concepts)
+        wanted = as_concepts(concepts, keep)
         self._check(model)
         counted, start, kept = model.cost.snapshot(), time.monotonic(), names_of(keep)
         adapters = LowRank(

@@ -56,7 +56,7 @@ class Forgetter(Eraser):
         self, model: Any, concepts: Any, *, keep: Any = (), data: Any = None, judge: Any = None, seed: int = 0,
         run: Any = None,
     ) -> Edit:  # fmt: skip
-        (concept,) = as_concepts(concepts)
+        (concept,) = as_concepts(concepts, keep)
         with told("fit", self.id, self.left, concept.name, seed):
             change = torch.zeros(len(COLOURS), len(COLOURS))
             i = list(COLOURS).index(concept.name)
