@@ -236,6 +236,30 @@ def test_a_model_without_a_judge_is_refused_before_anything_is_done(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_where_nothing_can_be_written_is_refused_before_any_work(
+    tmp_path, capsys, monkeypatch
+):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    loaded = []
+    monkeypatch.setattr(cli.common, "load", lambda *_: loaded.append(1))
+    concept = ("-m", "world", "-c", "star")
+    commands = {
+        "erase": concept, "audit": concept, "run": concept, "attack": concept, "demo": (),
+        "generate": ("-m", "world", "-p", "a star"), "benchmark": ("t2isafety", "-m", "world"),
+        "measure": (tmp_path, "-M", "psnr"),
+    }  # fmt: skip
+    for command, asked in commands.items():
+        status, _, err = run(capsys, command, *asked, "-o", file / "below")
+        assert status == 1 and f"{file} is not a folder" in err, command
+    status, _, err = run(capsys, "measure", *commands["measure"], "-o", tmp_path)
+    assert status == 1 and "is a folder; a file is needed" in err
+    monkeypatch.setattr("expunge.cli.options.os.access", lambda *_: False)
+    status, _, err = run(capsys, "erase", *concept, "-o", tmp_path / "new" / "below")
+    assert status == 1 and f"{tmp_path} may not be written to" in err
+    assert not loaded and file.read_text() == "kept" and not (tmp_path / "new").exists()
+
+
 def test_a_group_alone_shows_its_help_and_no_empty_error(capsys):
     status, out, err = run(capsys, "world")
     assert status == 2 and "export" in out + err

@@ -23,6 +23,7 @@ from .options import (
     RebaseOption,
     SeedsOption,
     SiblingOption,
+    folder_for_results,
 )
 
 __all__ = ["benchmark"]
@@ -61,7 +62,13 @@ def benchmark(
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder that receives `benchmark.json`.")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder that receives `benchmark.json`.",
+            callback=folder_for_results,
+        ),
     ] = None,
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,

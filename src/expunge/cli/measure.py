@@ -12,6 +12,7 @@ import typer
 
 from ..errors import InputError, SettingError, nearest
 from . import common
+from .options import file_for_results
 
 if TYPE_CHECKING:
     from ..core.features import Features
@@ -65,7 +66,10 @@ def measure(
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps features as float16.")] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="JSON lines file that receives the records.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="JSON lines file that receives the records.", callback=file_for_results
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
 ) -> None:  # fmt: skip

@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from ..errors import SettingError
+
+
+def folder_for_results(place: Path | None) -> Path | None:
+    """Refuse, before any work is done, a place where no folder can be written; nothing is made yet.
+
+    Raises:
+        SettingError: It, or what stands above it, is no folder, or may not be written to.
+    """
+    if place is None:
+        return None
+    nearest = place
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise SettingError(f"--out {str(place)!r}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise SettingError(f"--out {str(place)!r}: {nearest} may not be written to")
+    return place
+
+
+def file_for_results(place: Path | None) -> Path | None:
+    """The same for one file."""
+    if place is None:
+        return None
+    if place.is_dir():
+        raise SettingError(f"--out {str(place)!r}: is a folder; a file is needed")
+    folder_for_results(place.parent)
+    return place
+
 
 MODEL_HELP = "`world` (also `world/never`, `world/sibling`, `world/facts`), a folder, or a hub id."
 ModelOption = Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)]
@@ -13,7 +45,12 @@ DeviceOption = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cu
 DtypeOption = Annotated[
     str | None, typer.Option(help="float32, float16 or bfloat16; float32 is the default.")
 ]
-OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder that receives the results.")]
+OutOption = Annotated[
+    Path,
+    typer.Option(
+        "--out", "-o", help="Folder that receives the results.", callback=folder_for_results
+    ),
+]
 EditOption = Annotated[
     list[Path] | None,
     typer.Option("--edit", "-e", help="An edit file; repeat to stack several, in order."),
