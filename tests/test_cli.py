@@ -236,6 +236,29 @@ def test_a_model_without_a_judge_is_refused_before_anything_is_done(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (("--attacks", "ring-a-bel"), "ring-a-bell"),
+        (("--attacks", "uce"), "is not an attack"),
+        (("--budget", "quik"), "quick"),
+        (("--prompts", "missing.txt"), "missing.txt"),
+        (("--never", "./missing"), "./missing"),
+    ],
+)
+def test_run_refuses_what_its_audit_would_before_it_erases(
+    wrong, words, folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(cli.common, "chosen_judge", lambda *_: None)
+    erased = []
+    monkeypatch.setattr(cli, "_erase", lambda *_, **__: erased.append(1))
+    monkeypatch.setattr(cli, "_audit", lambda *_, **__: None)
+    asked = ("run", "-m", folder, "-c", "star", "--method", "uce", "-o", tmp_path / "out")
+    status, _, err = run(capsys, *asked, *wrong)
+    assert status == 1 and words in err and not erased
+    assert run(capsys, *asked, "--attacks", "none")[0] == 0 and erased
+
+
 def test_a_place_where_nothing_can_be_written_is_refused_before_any_work(
     tmp_path, capsys, monkeypatch
 ):

@@ -171,24 +171,20 @@ def audit(
 
 def _audit(
     model: Any, edits: list[Any], wanted: tuple[Concept, ...], out: Path, *, original: str | None = None,
-    never: str | None = None, judge: Any = None, attacks: str = "all", prompts: Path | None = None,
+    never: Any = None, judge: Any = None, attacks: str = "all", prompts: Any = None,
     cache: Path | None = None, **options: Any,
 ) -> Any:  # fmt: skip
     from ..evidence import audit as run_audit
 
     decides = common.chosen_judge(model, judge)
-    ids: Any = (
-        attacks
-        if attacks in ("all", "none")
-        else tuple(a.strip() for a in attacks.split(",") if a.strip())
-    )
+    asked = common.read_prompts(prompts) if isinstance(prompts, Path) else prompts
+    beside = common.beside(never, model) if isinstance(never, str) else never  # or open already
     from ..core.sampling import SHARED
 
     with common.quietly(), SHARED.also_in(cache):
         evidence = run_audit(
-            model, edits, list(wanted), attacks=ids, judge=decides, original=common.beside(original, model),
-            never=common.beside(never, model), prompts=common.read_prompts(prompts) if prompts else None,
-            command=shlex.join(["expunge", *sys.argv[1:]]), **options,
+            model, edits, list(wanted), attacks=attacks, judge=decides, original=common.beside(original, model),
+            never=beside, prompts=asked, command=shlex.join(["expunge", *sys.argv[1:]]), **options,
         )  # fmt: skip
         written = evidence.save(out)
     from rich.console import Console
@@ -214,14 +210,18 @@ def run(
     """Erase, then audit: everything in one folder."""
     opened = common.load(model, device, dtype)
     wanted = common.concepts_of(opened, concept, concept_file, kind, phrase, anchor)
-    decides = common.chosen_judge(opened, judge)  # before an erasure that may take hours
+    # All that the audit needs, before an erasure that may take hours.
+    decides = common.chosen_judge(opened, judge)
+    asked = common.read_prompts(prompts) if prompts is not None else None
+    common.check_audit(opened, wanted, attacks, budget, asked)
+    lacking = common.beside(never, opened)
     from ..edit import Edit
 
     allowed: dict[str, Any] = {"rebase": rebase, "sibling": sibling}
     made = _erase(opened, wanted, method, preset, set_, keep, edit, seed, out, **allowed)
     below = [Edit.load(file) for file in edit or []]
-    _audit(opened, [*below, made], wanted, out, never=never, judge=decides, attacks=attacks, budget=budget,
-           prompts=prompts, seeds=seeds, n=n, kept_n=kept_n, attack_n=attack_n, seed=seed, cache=cache,
+    _audit(opened, [*below, made], wanted, out, never=lacking, judge=decides, attacks=attacks, budget=budget,
+           prompts=asked, seeds=seeds, n=n, kept_n=kept_n, attack_n=attack_n, seed=seed, cache=cache,
            **allowed)  # fmt: skip
 
 

@@ -132,6 +132,28 @@ def _say_unknown(model: Any, name: str) -> None:
     )
 
 
+def check_audit(
+    model: Model,
+    concepts: Sequence[Concept],
+    attacks: str,
+    budget: str,
+    prompts: Sequence[Any] | None,
+) -> None:
+    """Refuse what an audit would refuse at its start: attacks, budget, or nothing to ask; it costs no pass.
+
+    Raises:
+        InputError: As :func:`expunge.evidence.audit` does.
+        CatalogueError: An attack that nobody registered, or one for another family.
+    """
+    from ..evidence.attacking import choose
+    from ..evidence.prompts import prompt_sets
+    from ..method import budget as named_budget
+
+    choose(attacks, model.family, named_budget(budget))
+    for one in concepts:
+        prompt_sets(one, model.companions, family=model.family, prompts=prompts, n=1, kept_n=1)
+
+
 def configured(
     id: str, verb: str, model: Any, preset: str | None, settings: list[str] | None,
     concepts: Sequence[Concept] = (),
