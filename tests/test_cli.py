@@ -316,6 +316,21 @@ def test_names_are_not_cut_on_a_narrow_terminal(capsys, folder, tmp_path, monkey
     assert "--concept-file" in done.stdout
 
 
+def test_the_listing_leaves_out_whole_columns_and_is_whole_in_a_pipe(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    _, out, err = run(capsys, "methods")
+    assert "status" in out and "works" in out and "knowledge-unlearning-survey" in out
+    assert "left out, the terminal is too narrow: family, title" in err
+    assert max(map(len, out.splitlines())) <= 60
+    monkeypatch.setenv("COLUMNS", "100")
+    _, out, err = run(capsys, "methods")
+    assert "family" in out and "…" in out and not err
+    monkeypatch.delenv("COLUMNS")
+    _, out, _ = run(capsys, "methods")
+    assert "Concept Ablation: Ablating Concepts in Text-to-Image Diffusion Models" in out
+    assert "…" not in out
+
+
 def test_what_a_sampler_cannot_do_is_said_in_words(capsys, folder, tmp_path):
     ask = ("generate", "-m", folder, "-p", "a star", "-o", tmp_path)
     status, _, err = run(capsys, *ask, "--steps", 5000)

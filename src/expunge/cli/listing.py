@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -40,24 +43,47 @@ def methods(
     if as_json:
         print(json.dumps([system.to_dict() for system in found], indent=1, ensure_ascii=False))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False, expand=True)
     rows = [
         system.to_dict()
         | {"#": "" if system.number is None else system.number, "status": _word(system)}
         for system in found
     ]
-    for name in ("#", "id", "verb", "family", "status"):
-        # Only the title may be cut: an id that is cut cannot be typed.
-        widest = max((len(str(row[name])) for row in rows), default=0)
-        table.add_column(name, no_wrap=True, min_width=widest)
-    table.add_column("title", no_wrap=True, overflow="ellipsis", ratio=1)
+    _print_table(rows)
+
+
+COLUMNS = ("#", "id", "verb", "family", "status", "title")
+SPARED = ("title", "family", "#", "verb")
+"""What a narrow terminal can do without, the first first: an id that is cut cannot be typed."""
+SHORTEST_TITLE = 8
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The listing; only the title may be cut, and only where a terminal or COLUMNS says how wide a line is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    widest = {name: max((len(name), *(len(str(row[name])) for row in rows))) for name in COLUMNS}
+    whole = sum(widest.values()) + 2 * len(COLUMNS)
+    told = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if told else whole)
+    needed = {**widest, "title": min(SHORTEST_TITLE, widest["title"])}
+    shown = list(COLUMNS)
+    for name in SPARED:
+        if sum(needed[one] + 2 for one in shown) - 2 > console.width:
+            shown.remove(name)
+    table = Table(box=None, header_style="bold", pad_edge=False, expand="title" in shown)
+    for name in shown:
+        if name == "title":
+            table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1)
+        else:
+            table.add_column(name, no_wrap=True, min_width=widest[name])
     for row in rows:
-        cells = [str(row[name]) for name in ("#", "id", "verb", "family", "status", "title")]
+        cells = [str(row[name]) for name in shown]
         table.add_row(*cells, style="dim" if row["status"] == "planned" else None)
-    Console().print(table)
+    console.print(table)
+    if len(shown) < len(COLUMNS):
+        gone = ", ".join(name for name in COLUMNS if name not in shown)
+        print(f"left out, the terminal is too narrow: {gone}", file=sys.stderr)
 
 
 def _word(system: catalogue.System) -> str:
