@@ -49,7 +49,7 @@ def test_methods_filters_and_shows_one(capsys):
         (("erase", "--model", "world"), "--out"),
         (("frobnicate",), "frobnicate"),
         (("generate", "-m", "./missing", "-p", "x", "-o", "o"), "not a folder"),
-        (("inspect", "missing.safetensors"), "regular file"),
+        (("inspect", "out/missing.safetensors"), "out/missing.safetensors: there is no such file"),
         (("leaderboard", "pyproject.toml", "--page", "x"), "no record of a sweep"),
     ],
 )

@@ -181,7 +181,7 @@ def test_other_files_in_disguise(tmp_path):
     folder = tmp_path / "folder.safetensors"
     folder.mkdir()
     assert refused(folder, match="not a regular file")
-    assert refused(tmp_path / "missing.safetensors", match="not a regular file")
+    assert refused(tmp_path / "missing.safetensors", match="there is no such file")
     pipe = tmp_path / "pipe.safetensors"
     os.mkfifo(pipe)
     assert stat.S_ISFIFO(pipe.stat().st_mode)

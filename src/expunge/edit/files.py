@@ -81,11 +81,13 @@ def read(path: str | os.PathLike[str]) -> tuple[Manifest, dict[str, torch.Tensor
     """Read and check an edit file.
 
     Raises:
-        EditFormatError: Not a regular file, not safetensors, damaged, no valid manifest, or a digest
+        EditFormatError: Not there or not a regular file, not safetensors, damaged, no valid manifest, or a digest
             that does not agree.
         NonFiniteError: A tensor holds NaN or infinity.
     """
     file = Path(path)
+    if not file.exists():  # with its folder: most edits are called edit.safetensors
+        raise EditFormatError(f"{file}: there is no such file; an edit is one .safetensors file")
     if not file.is_file():
         raise EditFormatError(
             f"{file.name}: is not a regular file; an edit is one .safetensors file"
