@@ -275,6 +275,7 @@ class SFD(Eraser):
         gone = [known.index(concept.name.lower()) for concept in concepts]
 
         def relabel(seen: Tensor, rows: Asked, draw: torch.Generator) -> Condition:
+            """The teacher's condition, labelled anew where a picture was asked for by a forgotten class."""
             with torch.no_grad():
                 logits = classifier((seen / 2 + 0.5).clamp(0, 1)).float().cpu()
             if logits.shape != (len(seen), len(names)):
