@@ -101,7 +101,7 @@ def test_the_battery_notices_an_eraser_that_keeps_what_it_erases():
         return Plain.erase(self, model, concepts, **more)
 
     bad_concepts_are_refused(Plain)
-    with pytest.raises(AssertionError, match="'keep': .* was accepted"):
+    with pytest.raises(AssertionError, match=r"'keep': .* was accepted"):
         bad_concepts_are_refused(variant(erase=erase))
 
 

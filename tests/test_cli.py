@@ -151,7 +151,7 @@ def test_unknown_settings_and_presets_are_refused_with_the_nearest(capsys, folde
     assert "verb attack" in run(capsys, *common, "--method", "unlearndiffatk")[2]
 
 
-def test_the_kind_of_the_concepts_selects_the_preset():
+def test_the_kind_of_the_concepts_selects_the_preset(capsys):
     """Only where no preset is asked for and no world has one; several kinds take the defaults."""
     from expunge import Concept
     from expunge.cli.common import configured
@@ -173,6 +173,15 @@ def test_the_kind_of_the_concepts_selects_the_preset():
     assert made("rece", one["unsafe"], settings=["epochs=7"]).epochs == 7
     assert made("rece", one["unsafe"], model=world) == made("rece", (), "world")
     assert made("uce", one["style"], model=plain).guide == "art"
+    assert not capsys.readouterr().err
+    anchored = (Concept("thing", kind="style", anchor="a drawing"),)
+    assert made("uce", anchored).guide == "art"
+    assert (
+        "guide 'art' takes the place of 'thing', not its anchor 'a drawing'"
+        in capsys.readouterr().err
+    )
+    assert made("uce", anchored, settings=["guide=none"]).guide is None
+    assert not capsys.readouterr().err
 
 
 def test_prompt_files_may_give_guidance(tmp_path):

@@ -16,8 +16,8 @@ import torch
 from safetensors import torch as safetensors
 
 from expunge.edit import Edit, Manifest, Target, files
-from expunge.errors import ExpungeError, NonFiniteError, WrongBase
-from expunge.testing import tiny_diffusion
+from expunge.errors import ExpungeError, MissingPart, NonFiniteError, WrongBase
+from expunge.testing import tiny_diffusion, tiny_layout
 
 from .edits import make, same, values
 
@@ -86,6 +86,7 @@ def test_truncated_anywhere(content, tmp_path):
         *(draw.randrange(len(content)) for _ in range(60)),
     }:
         assert refused(tmp_path / "short.safetensors", content[:length])
+    assert refused(tmp_path / "short.safetensors", content[:100], "cut short: it has 100 bytes")
     assert refused(tmp_path / "long.safetensors", content + b"\0")
 
 
@@ -232,6 +233,8 @@ def test_a_file_of_another_model_is_a_sentence(content, tmp_path):
     with pytest.raises(WrongBase, match="other weights"):
         Edit.load(path).apply(other)
     assert same(other, before)
+    with pytest.raises(MissingPart, match="fitted on another kind of model"):
+        Edit.load(path).apply(tiny_layout("flux"))
 
 
 @pytest.mark.parametrize(

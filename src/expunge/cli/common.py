@@ -180,7 +180,22 @@ def configured(
     if preset is None:
         first = "world" if model.companions is not None else None
         preset = cls.preset_for(common_kind(concepts), first)
-    return cls.configured(preset, **changes)
+    made = cls.configured(preset, **changes)
+    if "guide" not in changes:
+        _say_guide(made, concepts)
+    return made
+
+
+def _say_guide(method: Any, concepts: Sequence[Concept]) -> None:
+    """A note where a preset's guide goes before anchors, which would otherwise be left out without a word."""
+    guide = getattr(method, "guide", None)
+    for concept in concepts if guide is not None else ():
+        if concept.anchor is not None:
+            print(
+                f"note: the preset's guide {guide!r} takes the place of {concept.name!r}, not its anchor "
+                f"{concept.anchor!r}; with --set guide=none the anchor does",
+                file=sys.stderr,
+            )
 
 
 def _ids(verb: str) -> list[str]:

@@ -143,6 +143,10 @@ def _header(file: Path) -> dict[str, dict[str, str]]:
         raise EditFormatError(f"{file.name}: cannot be read ({error.strerror})") from None
     with stream:
         length = int.from_bytes(stream.read(8), "little")
+        if size >= 8 and 2 <= size - 8 < length <= MAX_HEADER:
+            raise EditFormatError(
+                f"{file.name}: is cut short: it has {size} bytes, its header alone {length + 8}"
+            )
         if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
             raise EditFormatError(
                 f"{file.name}: is not a safetensors file (header of {length} bytes in a file of {size}; "

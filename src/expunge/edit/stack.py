@@ -244,7 +244,8 @@ class EditStack:
         for target in edit.manifest.targets:
             if target.name not in tensors:
                 raise MissingPart(
-                    f"{model.name}: there is no tensor {target.name!r}{nearest(target.name, tensors)}"
+                    f"{model.name}: there is no tensor {target.name!r}{nearest(target.name, tensors)}; "
+                    f"the edit of {edit.manifest.method} was fitted on another kind of model"
                 )
             shape = tuple(tensors[target.name].shape)
             if shape != tuple(target.shape):
