@@ -298,8 +298,9 @@ def apply_and_revert_are_bit_exact(method: type[Method]) -> None:
 def bad_concepts_are_refused(method: type[Method]) -> None:
     """None, one twice, what is no name, and one that is to be kept at the same time."""
     bench = _bench(method)
-    asked = [{"concepts": bad} for bad in ([], [bench.concept, bench.concept], "", 3.5)]
-    for more in (*asked, {"keep": [*bench.keep, bench.concept.name.upper()]}):
+    wrong: list[Any] = [[], [bench.concept, bench.concept], "", 3.5]
+    asked: list[dict[str, Any]] = [{"concepts": bad} for bad in wrong]
+    for more in [*asked, {"keep": [*bench.keep, bench.concept.name.upper()]}]:
         model = bench.opens()
         with _untouched(model, f"the bad input {more!r}"):
             try:
