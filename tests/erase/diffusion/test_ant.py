@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+
 import pytest
 import rich.progress  # noqa: F401  # see the last test
 import torch
@@ -307,22 +310,25 @@ def test_the_form_follows_the_number_of_concepts_or_the_setting(model):
         ANT(**{**QUICK, "domain_scale": 0.0}, form="multi").erase(tiny_diffusion(), "star")
 
 
-@pytest.mark.parametrize("kill", [1, 3, 6])
-def test_a_killed_run_of_either_form_resumes_bit_for_bit(tmp_path, kill):
-    """Killed between maps, in the first concept's training and in the second's."""
-    concepts = [STAR, SQUARE]
-    for form in ("single", "multi"):
-        method, data = ANT(**QUICK, form=form), CAPTIONS if form == "multi" else None
-        whole = method.erase(tiny_diffusion(), concepts, data=data, seed=2)
-        folder = tmp_path / form
-        with pytest.raises(Killed), writing(kill_at=kill):
-            method.erase(tiny_diffusion(), concepts, data=data, seed=2, run=folder)
-        again = method.erase(tiny_diffusion(), concepts, data=data, seed=2, run=folder)
-        assert again.digest == whole.digest
-        short = ANT(**{**QUICK, "steps": 2}, form=form).erase(
-            tiny_diffusion(), concepts, data=data, seed=2
+@functools.cache
+def of_two_concepts(form, steps=QUICK["steps"], kill=None, run=None):
+    """An edit of a form that was not interrupted, or one that is killed at a checkpoint."""
+    data = CAPTIONS if form == "multi" else None
+    with writing(kill_at=kill) if kill else contextlib.nullcontext():
+        return ANT(**{**QUICK, "steps": steps}, form=form).erase(
+            tiny_diffusion(), [STAR, SQUARE], data=data, seed=2, run=run
         )
-        assert short.manifest.tensors_digest != whole.manifest.tensors_digest
+
+
+@pytest.mark.parametrize("form", ["single", "multi"])
+@pytest.mark.parametrize("kill", [1, 3, 6])
+def test_a_killed_run_of_either_form_resumes_bit_for_bit(tmp_path, kill, form):
+    """Killed between maps, in the first concept's training and in the second's."""
+    whole = of_two_concepts(form)
+    with pytest.raises(Killed):
+        of_two_concepts(form, kill=kill, run=tmp_path)
+    assert of_two_concepts(form, run=tmp_path).digest == whole.digest
+    assert of_two_concepts(form, steps=2).manifest.tensors_digest != whole.manifest.tensors_digest
 
 
 @pytest.mark.parametrize("layout", ["sana", "sd3", "flux"])
