@@ -164,27 +164,25 @@ def audit(
     from ..edit import Edit
 
     edits = [Edit.load(file) for file in edit or []]
-    _audit(opened, edits, wanted, out, original=original, never=never, judge=judge, attacks=attacks, budget=budget,
-           prompts=prompts, seeds=seeds, n=n, kept_n=kept_n, attack_n=attack_n, seed=seed, sibling=sibling,
-           rebase=rebase, cache=cache)  # fmt: skip
+    decides = common.chosen_judge(opened, judge)
+    asked = common.read_prompts(prompts) if prompts is not None else None
+    _audit(opened, edits, wanted, out, original=common.beside(original, opened), never=common.beside(never, opened),
+           judge=decides, attacks=attacks, budget=budget, prompts=asked, seeds=seeds, n=n, kept_n=kept_n,
+           attack_n=attack_n, seed=seed, sibling=sibling, rebase=rebase, cache=cache)  # fmt: skip
 
 
 def _audit(
-    model: Any, edits: list[Any], wanted: tuple[Concept, ...], out: Path, *, original: str | None = None,
-    never: Any = None, judge: Any = None, attacks: str = "all", prompts: Any = None,
+    model: Any, edits: list[Any], wanted: tuple[Concept, ...], out: Path, *, judge: Any = None,
     cache: Path | None = None, **options: Any,
 ) -> Any:  # fmt: skip
-    from ..evidence import audit as run_audit
-
-    decides = common.chosen_judge(model, judge)
-    asked = common.read_prompts(prompts) if isinstance(prompts, Path) else prompts
-    beside = common.beside(never, model) if isinstance(never, str) else never  # or open already
+    """Audit with what is open and read already, save, and tell."""
     from ..core.sampling import SHARED
+    from ..evidence import audit as run_audit
 
     with common.quietly(), SHARED.also_in(cache):
         evidence = run_audit(
-            model, edits, list(wanted), attacks=attacks, judge=decides, original=common.beside(original, model),
-            never=beside, prompts=asked, command=shlex.join(["expunge", *sys.argv[1:]]), **options,
+            model, edits, list(wanted), judge=common.chosen_judge(model, judge),
+            command=shlex.join(["expunge", *sys.argv[1:]]), **options,
         )  # fmt: skip
         written = evidence.save(out)
     from rich.console import Console

@@ -143,7 +143,7 @@ def _header(file: Path) -> dict[str, dict[str, str]]:
         raise EditFormatError(f"{file.name}: cannot be read ({error.strerror})") from None
     with stream:
         length = int.from_bytes(stream.read(8), "little")
-        if size >= 8 and 2 <= size - 8 < length <= MAX_HEADER:
+        if 2 <= size - 8 < length <= MAX_HEADER:
             raise EditFormatError(
                 f"{file.name}: is cut short: it has {size} bytes, its header alone {length + 8}"
             )
