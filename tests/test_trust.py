@@ -1,7 +1,8 @@
 """A training that is killed at any step and resumed by a fresh process equals an uninterrupted one, bit for bit.
 
 One process imports everything and forks a fresh one for each run: the whole run, one that SIGKILL ends at a step drawn
-anew each time, its resumption, and one that is a step short (control).  It runs no pass itself, so forking is safe.
+anew each time, its resumption, and one that is a step short (control).  It runs no pass itself, so forking is safe.  It
+makes an eraser's runs when a test asks for them, so that test processes that share the erasers repeat none.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,7 +45,10 @@ def run(method, name, kill_at=None, steps=resuming.STEPS):
     edit.save(own / "edit.safetensors")
     (own / "written.json").write_text(json.dumps(written))
 
-for id in sys.argv[2:]:
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what the runs say goes with their errors
+for line in sys.stdin:
+    id = line.strip()
     method = catalogue.resolve(id)
     bench.bench(method).opens()
     codes = {"whole": forked(lambda: run(method, "whole"))}
@@ -55,26 +60,49 @@ for id in sys.argv[2:]:
         codes["again"] = forked(lambda: run(method, "killed-again"))
         codes["short"] = forked(lambda: run(method, "short", steps=resuming.STEPS - 1))
         codes["at"] = at
-    (folder / (id + ".json")).write_text(json.dumps(codes))
+    print(json.dumps(codes), file=answers, flush=True)
 """
 
 ERASERS = sorted(s.id for s in catalogue.implemented() if s.verb == "erase")
 
 
-@pytest.fixture(scope="module")
+class Runs:
+    """The process that makes the runs, each eraser's in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.errors = folder, folder / "stderr"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", CHILD, str(folder)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            )  # fmt: skip
+
+    def __call__(self, id: str) -> tuple[dict, str]:
+        """How an eraser's runs ended, and what the process has said on the way."""
+        self.process.stdin.write(f"{id}\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        said = self.errors.read_text()
+        assert answer, said
+        return json.loads(answer), said
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(folder), *ERASERS], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, done.stderr
+    made = Runs(tmp_path_factory.mktemp("runs"))
+    yield made
+    made.close()
 
 
 @pytest.mark.parametrize("id", ERASERS)
 def test_sigkill_at_any_step_then_resume_is_bit_for_bit(runs, id):
-    folder, said = runs
-    codes = json.loads((folder / f"{id}.json").read_text())
+    folder = runs.folder
+    codes, said = runs(id)
     assert codes["whole"] == 0, said
     if "killed" not in codes:
         pytest.skip(f"{id} trains nothing, so it writes no checkpoint")
