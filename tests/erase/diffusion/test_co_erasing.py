@@ -77,6 +77,7 @@ def test_blur_is_a_gaussian(kernel, sigma):
 def test_erase_is_repeatable_and_leaves_the_model_alone(model, branch, more):
     before = {n: p.detach().clone() for n, p in model.tensors().items()}
     method = CoErasing(**{**QUICK, **more})
+    branch = None if method.evidence == "text" else branch
     edit = method.erase(model, (STAR, Concept("circle")), seed=1, data=branch)
     assert all(torch.equal(p, before[n]) for n, p in model.tensors().items())
     assert not model.denoiser.conv_in.weight.requires_grad
@@ -151,6 +152,11 @@ def test_resume(model, branch, tmp_path, monkeypatch):
 def test_a_missing_branch_is_refused(model):
     with pytest.raises(MissingPart, match="image-prompt"):
         CoErasing(**QUICK).erase(model, STAR)
+
+
+def test_a_branch_that_the_text_form_would_ignore_is_refused(model, branch):
+    with pytest.raises(InputError, match="only with evidence='image' or 'text\\+image'"):
+        CoErasing(**QUICK, evidence="text").erase(model, STAR, data=branch)
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,8 @@ def test_what_would_be_ignored_is_refused(model, classes):
         asks(classes, STAR, {"forget": ["star"]})
     with pytest.raises(InputError, match="asked only with pseudo_label"):
         label_method().erase(classes, STAR, data={"classifier": lambda pictures: pictures})
+    with pytest.raises(SettingError, match="ema=1 keeps the start"):
+        SFD(**{**QUICK, "ema": 1.0}).erase(model, STAR, data=DATA)
     with pytest.raises(ConceptError, match="to be kept, but also erased"):
         SFD(**QUICK).erase(model, STAR, keep=["heart"], data=DATA)
 
@@ -256,6 +258,8 @@ def test_presets_are_the_papers():
     assert (cifar.alpha, cifar.t_init, cifar.t_min, cifar.t_max) == (1.2, 440, 38, 712)
     assert (cifar.forget_weight, cifar.fake_forget_weight, cifar.ema) == (0.01, 0.01, 0.9999)
     assert (cifar.lr, cifar.fake_lr, cifar.batch, cifar.guidance) == (1e-5, 1e-5, 128, 1.0)
+    unsafe = SFD.configured("paper:unsafe")  # the words lead teacher and fake network away
+    assert unsafe.pairing == "unsafe" and unsafe.fake_negative
 
 
 # -- edits --------------------------------------------------------------------------------------------

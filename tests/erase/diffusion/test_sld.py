@@ -10,7 +10,7 @@ import torch
 
 from expunge import Concept, Edit
 from expunge.erase.diffusion.sld import SLD, STRENGTHS, UNSAFE, _Safe
-from expunge.errors import MissingCapability, ModelError, SettingError
+from expunge.errors import MissingCapability, ModelError, SettingError, UnsupportedModel
 from expunge.method import Control, Prompt
 from expunge.models.types import Context, Prediction
 from expunge.testing import tiny_diffusion
@@ -171,6 +171,13 @@ def test_guidance_without_a_second_branch_is_refused():
     edit = SLD().erase(tiny_diffusion(), STAR)
     with pytest.raises(MissingCapability, match="has only one"):
         SLD.control(edit, model)
+
+
+def test_a_model_that_reads_no_text_is_refused():
+    model = tiny_diffusion()
+    model.vocabularies = dict  # as a model of classes says it
+    with pytest.raises(UnsupportedModel, match="reads none"):
+        SLD().erase(model, STAR)
 
 
 @pytest.mark.parametrize(

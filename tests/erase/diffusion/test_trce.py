@@ -150,6 +150,8 @@ def test_captions_come_as_texts_or_in_a_mapping_and_are_part_of_the_edit(model):
     assert edit_of(TRCE(stage2=False), model, data=CAPTIONS[:9]) != one
     with pytest.raises(InputError, match="captions"):
         edit_of(TRCE(stage2=False), model, data={"caption": CAPTIONS})
+    with pytest.raises(InputError, match="reads no 'pictures'"):
+        edit_of(TRCE(stage2=False), model, data={"captions": CAPTIONS, "pictures": {}})
 
 
 def test_without_captions_a_ridge_takes_their_place_and_says_so(model):

@@ -137,6 +137,8 @@ class CoErasing(Eraser):
         counted, start = model.cost.snapshot(), time.monotonic()
         kept = names_of(keep)
         with_place(self.id, "template", [self.template])
+        if self.evidence == "text":
+            self.without_data(data, "evidence='image' or 'text+image'")
         branch = None if self.evidence == "text" else _branch(model, data)
         if branch is not None:
             _fits(branch, model, self.refine)

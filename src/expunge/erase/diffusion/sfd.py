@@ -76,7 +76,7 @@ class SFD(Eraser):
     families: ClassVar[tuple[str, ...]] = ("diffusion",)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper:identity": {},
-        "paper:unsafe": {"pairing": "unsafe"},
+        "paper:unsafe": {"pairing": "unsafe", "fake_negative": True},
         "paper:class": DDPM,
         "paper:class-64": {**DDPM, "batch": 64, "fake_lr": 3e-5},
         "paper:class-two-stage": {**DDPM, "fake_lr": 3e-5, "first_steps": 50_000},
@@ -227,6 +227,10 @@ class SFD(Eraser):
 
     def _check(self, model: DiffusionModel) -> None:
         check_times(model, self)
+        if self.ema == 1.0:
+            raise SettingError(
+                "sfd: ema=1 keeps the start for ever; allowed is less than 1, and 0 for no average"
+            )
         if not model.two_branches and (self.guidance != 1.0 or self.fake_guidance != 1.0):
             raise MissingCapability(
                 f"{model.name}: sfd guides teacher and fake network by an unconditional branch, and "

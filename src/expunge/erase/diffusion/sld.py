@@ -40,7 +40,7 @@ from torch import Tensor
 
 from ...concept import as_concepts, names_of
 from ...edit import Edit
-from ...errors import MissingCapability, SettingError
+from ...errors import MissingCapability, SettingError, UnsupportedModel
 from ...method import Control, Eraser, Judge, setting
 from ...models.diffusion import DiffusionModel
 from ...models.types import Condition, Context, Prediction
@@ -125,13 +125,14 @@ class SLD(Eraser):
 
         Raises:
             MissingCapability: Guidance of the model has no second branch.
+            UnsupportedModel: It reads no text.
             SettingError: ``text`` holds an empty safety text.
         """
         model.check_family(self)
         self.without_data(data)
         model.needs("controls")
         started, wanted = time.monotonic(), as_concepts(concepts, keep)
-        _two_branches(model)
+        _guided_by_text(model)
         texts = self.texts([concept.to_dict() for concept in wanted])
         return Edit.make(
             self, model, wanted, kind="control", tensors={}, acts=True, keep=names_of(keep), seed=seed,
@@ -159,12 +160,16 @@ class SLD(Eraser):
     @classmethod
     def control(cls, edit: Edit, model: DiffusionModel) -> Control:
         """What the edit does while the model samples; refuses guidance without a second branch."""
-        _two_branches(model)
+        _guided_by_text(model)
         method = cls(**edit.manifest.settings)
         return _Safe(model, method, method.texts(edit.manifest.concepts))
 
 
-def _two_branches(model: DiffusionModel) -> None:
+def _guided_by_text(model: DiffusionModel) -> None:
+    if not model.vocabularies():
+        raise UnsupportedModel(
+            f"{model.name}: sld leads away from texts, and {model.layout.title} reads none"
+        )
     if not model.two_branches:
         raise MissingCapability(
             f"{model.name}: sld changes the difference between the two branches of guidance, and "

@@ -326,7 +326,7 @@ class TRCE(Eraser):
 def _captions(data: Any) -> list[str]:
     """General captions of the user."""
     if data is None or isinstance(data, Mapping):
-        return examples.given(data)[1]
+        return examples.given(data, parts=("captions",))[1]
     return [prompt.text for prompt in as_prompts(data)]
 
 
