@@ -1,5 +1,7 @@
 """Anchor pictures, the prompts that go with them, and rescaling."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +11,12 @@ from expunge.core.anchor_pictures import (
     Material,
     anchor_pictures,
     anchors_of,
-    augmented,
     pairing,
     pairing_of,
 )  # fmt: skip
+from expunge.core.rescaling import augmented
 from expunge.erase.diffusion.concept_ablation import ConceptAblation
-from expunge.errors import InputError, SettingError
+from expunge.errors import InputError, SettingError, UnsupportedModel
 from expunge.testing import tiny_diffusion
 
 STAR = Concept("star", phrases=("heart",), anchor="circle")
@@ -81,6 +83,32 @@ def test_pictures_are_the_models_own_and_captions_speak_of_the_anchor_alone():
             model, [STAR], ["circle"], ["object"], {"captions": ["a star"]}, count=2, seed=1, steps=2,
             guidance=3.0,
         )  # fmt: skip
+
+
+def test_what_is_wrong_with_the_last_concept_shows_before_the_first_picture():
+    model, heart = tiny_diffusion(), Concept("heart", anchor="square")
+    with pytest.raises(InputError, match="no caption names 'square'"):
+        anchor_pictures(
+            model, [STAR, heart], ["circle", "square"], ["object"] * 2, {"captions": ["a circle"]}, count=2,
+            seed=1, steps=2, guidance=2.0,
+        )  # fmt: skip
+    assert not model.cost.rows("denoiser", {})
+
+
+def test_what_would_be_ignored_is_refused(monkeypatch):
+    model = tiny_diffusion()
+    given = {"circle": (np.zeros((1, 16, 16, 3), np.uint8), None, ["a circle"])}
+    own = method()
+    with pytest.raises(InputError, match="'captions' would be ignored"):
+        Material(model, [STAR], own, {"pictures": given, "captions": ["a circle"]}, 0)
+    style = Concept("star", kind="style")
+    with pytest.raises(SettingError, match="the pairing of 'star' is 'style'"):
+        Material(model, [style], dataclasses.replace(own, augment=True), None, 0)
+    with pytest.raises(SettingError, match="the anchor 'Star' is 'star' itself"):
+        Material(model, [STAR], dataclasses.replace(own, anchor="Star"), None, 0)
+    monkeypatch.setattr(model, "vocabularies", dict)  # as a model of classes says it
+    with pytest.raises(UnsupportedModel, match="reads none"):
+        Material(model, [STAR], own, None, 0)
 
 
 def test_a_users_pictures_are_taken_and_named_by_a_digest():

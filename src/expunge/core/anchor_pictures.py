@@ -19,17 +19,18 @@ import torch
 from torch import Tensor
 
 from ..concept import Concept
-from ..errors import InputError, MissingCapability, SettingError
+from ..errors import InputError, MissingCapability, SettingError, UnsupportedModel
 from ..models.base import Pictures, noise_generator
 from . import examples, scores
 from .mentions import exchanged, without
+from .rescaling import augmented
 from .trajectories import Trajectories
 
 if TYPE_CHECKING:
     from ..models.diffusion import DiffusionModel
 
 __all__ = [
-    "PAIRINGS", "AnchorPictures", "Batch", "Material", "anchor_pictures", "anchors_of", "augmented", "pairing",
+    "PAIRINGS", "AnchorPictures", "Batch", "Material", "anchor_pictures", "anchors_of", "pairing",
     "pairing_of",
 ]  # fmt: skip
 
@@ -46,9 +47,6 @@ TEMPLATES = (
     "a close photo of {}", "{} in a bright place",
 )  # fmt: skip
 """Around an anchor where nobody gives captions."""
-
-SMALLEST, SMALL, SHRUNK, ENLARGED = 1 / 3, 0.6, 0.66, (1.2, 1.4)
-GREY = 127
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +71,7 @@ def anchors_of(concepts: Sequence[Concept], anchor: str | None, kinds: Sequence[
     """What stands in for each concept: ``anchor``, else the concept's own.
 
     Raises:
-        SettingError: An object or a memorised picture without an anchor.
+        SettingError: An object or a memorised picture without an anchor, or a concept that is its own.
     """
     found = []
     for concept, kind in zip(concepts, kinds, strict=True):
@@ -82,6 +80,10 @@ def anchors_of(concepts: Sequence[Concept], anchor: str | None, kinds: Sequence[
             own = "painting"
         if own is None and kind == "unsafe":
             own = "a person with clothes"
+        if own and own.strip().lower() in (name.lower() for name in concept.names):
+            raise SettingError(
+                f"the anchor {own!r} is {concept.name!r} itself; choose what may take its place"
+            )
         if not own:
             raise SettingError(
                 f"{concept.name!r} has no anchor, and pictures of one are what is learned from; name one in the "
@@ -158,9 +160,41 @@ def anchor_pictures(
         avoid: Give the concept's name as negative text.
 
     Raises:
-        InputError: No caption is left, or pictures are of something else or of another size than the model's.
+        InputError: No caption is left, captions stand beside pictures of all anchors, or pictures are of something
+            else or of another size than the model's.
         MissingCapability: ``avoid`` without a branch for a negative text.
     """
+    own, texts_by_anchor = _checked(model, concepts, anchors, kinds, data, captions, seed)
+    if avoid and not model.two_branches and not all(anchor in own for anchor in anchors):
+        raise MissingCapability(
+            f"{model.name}: avoid=True gives a concept's name as negative text, for which {model.layout.title} has "
+            "no branch; allowed is avoid=False"
+        )
+    found = []
+    for concept, anchor, texts in zip(concepts, anchors, texts_by_anchor, strict=True):
+        if anchor in own:
+            given: Pictures = own[anchor]
+            rows = [i for i, text in enumerate(given.captions) if text in set(texts)]
+            said = tuple(given.captions[i] for i in rows)
+            found.append(AnchorPictures(given.pictures[rows], said, "data"))
+            continue
+        asked = [texts[i % len(texts)] for i in range(count)]
+        draws = [
+            noise_generator(seed, f"anchor pictures of {concept.name}", i) for i in range(count)
+        ]
+        made = model.generate(
+            asked, seeds=[int(torch.randint(2**31, (1,), generator=draw)) for draw in draws], steps=steps,
+            guidance=guidance, negative=concept.name if avoid else "",
+        )  # fmt: skip
+        found.append(AnchorPictures(made, tuple(asked), "model"))
+    return found
+
+
+def _checked(
+    model: DiffusionModel, concepts: Sequence[Concept], anchors: Sequence[str], kinds: Sequence[str], data: Any,
+    count: int, seed: int,
+) -> tuple[dict[str, Pictures], list[list[str]]]:  # fmt: skip
+    """The user's pictures, and the captions that may be used for each concept; before the first picture is drawn."""
     own, general = examples.given(data, model)
     unused = [name for name in own if name not in anchors]
     if unused:
@@ -168,31 +202,16 @@ def anchor_pictures(
             f"data: pictures of {unused[0]!r} have no part; allowed are pictures of what is learned from, "
             f"{', '.join(map(repr, anchors))}"
         )
-    found = []
-    for concept, anchor, kind in zip(concepts, anchors, kinds, strict=True):
-        if anchor in own:
-            given: Pictures = own[anchor]
-            kept = _usable(given.captions, concept, anchor, kind)
-            rows = [i for i, text in enumerate(given.captions) if text in set(kept)]
-            said = tuple(given.captions[i] for i in rows)
-            found.append(AnchorPictures(given.pictures[rows], said, "data"))
-            continue
-        texts = _captions(model, concept, anchor, kind, general, captions, seed)
-        asked = [texts[i % len(texts)] for i in range(count)]
-        purpose = f"anchor pictures of {concept.name}"
-        seeds = [
-            int(torch.randint(2**31, (1,), generator=noise_generator(seed, purpose, i)))
-            for i in range(count)
-        ]
-        if avoid and not model.two_branches:
-            raise MissingCapability(
-                f"{model.name}: avoid=True gives {concept.name!r} as negative text, for which {model.layout.title} has "
-                "no branch; allowed is avoid=False"
-            )
-        negative = concept.name if avoid else ""
-        made = model.generate(asked, seeds=seeds, steps=steps, guidance=guidance, negative=negative)
-        found.append(AnchorPictures(made, tuple(asked), "model"))
-    return found
+    if general and all(anchor in own for anchor in anchors):
+        raise InputError(
+            "data: every anchor has pictures, so 'captions' would be ignored; leave them out, or the pictures"
+        )
+    return own, [
+        _usable(own[anchor].captions, concept, anchor, kind)
+        if anchor in own
+        else _captions(model, concept, anchor, kind, general, count, seed)
+        for concept, anchor, kind in zip(concepts, anchors, kinds, strict=True)
+    ]
 
 
 def _captions(
@@ -219,53 +238,6 @@ def _usable(listed: Sequence[str], concept: Concept, anchor: str, kind: str) -> 
             f"data: no caption names {anchor!r} without naming {concept.name!r}; at least one is needed"
         )
     return usable
-
-
-# -- rescaling ---------------------------------------------------------------------------------------
-
-
-def augmented(
-    pictures: np.ndarray, cell: int, generator: torch.Generator
-) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
-    """Pictures made smaller (two thirds of them, to a third and more) or larger (1.2 to 1.4 times).
-
-    A smaller picture lies at a random place on grey; a larger one is cut at a random place.
-
-    Args:
-        pictures: uint8 ``(n, height, width, 3)``.
-        cell: Pixels of one latent along each side.
-        generator: Draws sizes and places.
-
-    Returns:
-        The pictures; masks ``(n, height / cell, width / cell)`` of latents that count, one cell less on each side
-        of a smaller picture and all of a larger one; and of each what its prompt may say, ``small``, ``large`` or
-        ``None``.
-    """
-    from PIL import Image
-
-    height, width = pictures.shape[1:3]
-    made = np.full_like(pictures, GREY)
-    masks = np.ones((len(pictures), height // cell, width // cell), bool)
-    sizes: list[str | None] = []
-    for index, picture in enumerate(pictures):
-        draw = torch.rand(4, generator=generator).tolist()
-        low, high = (SMALLEST, 1.0) if draw[0] < SHRUNK else ENLARGED
-        scale = low + (high - low) * draw[1]
-        tall, wide = (max(cell, round(side * scale)) for side in (height, width))
-        image = Image.fromarray(picture).resize((wide, tall), Image.Resampling.BILINEAR)
-        scaled = np.asarray(image)
-        y, x = int(draw[2] * (abs(tall - height) + 1)), int(draw[3] * (abs(wide - width) + 1))
-        if scale <= 1.0:
-            made[index, y : y + tall, x : x + wide] = scaled
-            masks[index] = False
-            top, left = -(-y // cell) + 1, -(-x // cell) + 1
-            masks[index, top : (y + tall) // cell - 1, left : (x + wide) // cell - 1] = True
-            if not masks[index].any():  # too small for a border
-                masks[index, (y + tall // 2) // cell, (x + wide // 2) // cell] = True
-        else:
-            made[index] = scaled[y : y + height, x : x + width]
-        sizes.append("small" if scale < SMALL else "large" if scale > 1.0 else None)
-    return made, masks, sizes
 
 
 # -- what a training draws from ------------------------------------------------------------------------
@@ -310,6 +282,15 @@ class Material:
         self.model, self.concepts, self.phrases = model, list(concepts), method.phrases
         self.kinds = [pairing_of(concept, method.pairing) for concept in concepts]
         self.anchors = anchors_of(concepts, method.anchor, self.kinds)
+        if not model.vocabularies():
+            raise UnsupportedModel(
+                f"{model.name}: {method.id} learns from prompts, and {model.layout.title} reads none"
+            )
+        if method.augment and "object" not in self.kinds:
+            raise SettingError(
+                f"{method.id}: augment=True makes pictures of objects smaller and larger, and the pairing of "
+                f"{concepts[0].name!r} is {self.kinds[0]!r}; allowed is augment=False"
+            )
         shown = anchor_pictures(
             model, concepts, self.anchors, self.kinds, data, count=method.pictures,
             captions=method.captions, seed=seed, steps=method.sampling_steps, guidance=method.guidance,

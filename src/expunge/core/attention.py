@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from ..models.diffusion import DiffusionModel
     from ..models.types import Context, TextInput
 
-__all__ = ["AttentionNorms", "attention_norms", "need_cross_attention", "token_columns"]
+__all__ = [
+    "AttentionNorms",
+    "attention_norms",
+    "need_cross_attention",
+    "shrunk_masks",
+    "token_columns",
+]
 
 
 def need_cross_attention(model: DiffusionModel, who: str) -> TextInput:
@@ -39,6 +45,11 @@ def need_cross_attention(model: DiffusionModel, who: str) -> TextInput:
             "text; allowed are UNets and PixArt, whose text stands in cross-attention (attn2)"
         )
     return inputs[0]
+
+
+def shrunk_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks ``(n, height, width)`` on a smaller map, by the nearest pixel: bool ``(n, *size)``."""
+    return functional.interpolate(masks[:, None].float(), size=size, mode="nearest")[:, 0] > 0.5
 
 
 def token_columns(
@@ -117,5 +128,4 @@ class AttentionNorms(Control):
                 f"an attention map of {pixels} pixels does not fit latents of {height} x {width}; allowed are "
                 "maps that are smaller by a whole number"
             )
-        masks = functional.interpolate(self.masks[:, None].float(), size=shape, mode="nearest")
-        return masks.flatten(1) > 0.5
+        return shrunk_masks(self.masks, shape).flatten(1)

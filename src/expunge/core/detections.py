@@ -4,7 +4,7 @@ What a user gives is a mapping:
 
     pictures   uint8 (n, height, width, 3); left out, the model draws the captions
     captions   n texts; left out with the pictures, a world's captions are drawn
-    boxes      n lists of (confidence, (x1, y1, x2, y2) in pixels or None, name)
+    boxes      n lists of (confidence, (x1, y1, x2, y2) in pixels or None, name or phrase of a concept)
     detector   in place of boxes: pictures -> such lists
 
 A box of ``None`` says that something is in the picture, not where.  Without boxes and detector the judge is
@@ -109,7 +109,7 @@ def detected(
         names = {(k or c).name: c.name for k, c in zip(known, concepts, strict=True)}
         made = companions.contaminated(list(names), count, seed=seed, split="development")
         boxes = [[(p, box, names.get(n, n)) for p, box, n in listed] for listed in made.boxes]
-        seen = _checked(boxes, len(made.pictures))
+        seen = _checked(boxes, len(made.pictures), concepts)
         return Detected(made.pictures, tuple(made.captions), seen, "world", "boxes")
     if "boxes" not in given and "detector" not in given and judge is None:
         raise InputError(
@@ -123,10 +123,10 @@ def detected(
     else:
         pictures, origin = _drawn(model, captions, seed, steps, guidance), "model"
     if "boxes" in given:
-        own = _checked(given["boxes"], len(captions))
+        own = _checked(given["boxes"], len(captions), concepts)
         return Detected(pictures, captions, own, origin, "boxes")
     if "detector" in given:
-        own = _checked(given["detector"](pictures), len(captions))
+        own = _checked(given["detector"](pictures), len(captions), concepts)
         return Detected(pictures, captions, own, origin, "detector")
     assert judge is not None
     return Detected(
@@ -210,8 +210,13 @@ def _judged(
     )
 
 
-def _checked(boxes: Any, count: int) -> tuple[tuple[Detection, ...], ...]:
-    """Lists of ``(confidence, box or None, name)``, one a picture, as detections."""
+def _checked(
+    boxes: Any, count: int, concepts: Sequence[Concept]
+) -> tuple[tuple[Detection, ...], ...]:
+    """Lists of ``(confidence, box or None, name)``, one a picture, as detections.
+
+    A name or phrase of a concept, however it is written, becomes the concept's name.
+    """
     if not hasattr(boxes, "__len__"):
         raise InputError(
             f"data: the boxes are {type(boxes).__name__}; allowed is a list for each of {count} pictures"
@@ -221,14 +226,16 @@ def _checked(boxes: Any, count: int) -> tuple[tuple[Detection, ...], ...]:
             f"data: {len(boxes)} lists of boxes for {count} pictures; allowed is one each"
         )
     found = []
+    names = {said.casefold(): concept.name for concept in concepts for said in concept.names}
     for index, listed in enumerate(boxes):
         try:
-            found.append(tuple(_detection(*entry) for entry in listed))
+            seen = [_detection(*entry) for entry in listed]
         except (TypeError, ValueError):
             raise InputError(
                 f"data: the boxes of picture {index} are {listed!r}; allowed is a list of "
                 "(confidence, (x1, y1, x2, y2) or None, name)"
             ) from None
+        found.append(tuple(d._replace(name=names.get(d.name.casefold(), d.name)) for d in seen))
     return tuple(found)
 
 

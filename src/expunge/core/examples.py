@@ -168,7 +168,7 @@ def _checked(name: str, pictures: Any, masks: Any, captions: Sequence[str]) -> P
 
 def examples(
     model: DiffusionModel,
-    concept: Concept,
+    name: str,
     own: Mapping[str, Pictures],
     *,
     count: int,
@@ -181,23 +181,23 @@ def examples(
 
     Args:
         model: Sampled as it is now where nothing else is there.
-        concept: The concept.
+        name: Of the concept; a whole prompt may stand for one.
         own: The user's pictures, all of which are taken.
         count: How many otherwise.
         texts: What the model is asked for, in turn.
         seed: Seed of the pictures.
         steps, guidance: Of the model's sampling.
     """
-    if concept.name in own:
-        return "data", own[concept.name]
+    if name in own:
+        return "data", own[name]
     companions = model.companions
     if companions is not None and companions.pictures is not None:
-        known = companions.concept(concept.name)
+        known = companions.concept(name)
         if known is not None:
             found = companions.pictures(known.name, count, seed=seed, split="development")
             return "world", found
     asked = [texts[i % len(texts)] for i in range(count)]
-    draws = [noise_generator(seed, f"examples of {concept.name}", i) for i in range(count)]
+    draws = [noise_generator(seed, f"examples of {name}", i) for i in range(count)]
     seeds = [int(torch.randint(2**31, (1,), generator=draw)) for draw in draws]
     made = model.generate(asked, seeds=seeds, steps=steps, guidance=guidance)
     return "model", Pictures(made, None, tuple(asked))

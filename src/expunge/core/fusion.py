@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..concept import Concept
+from ..concept import Concept, common_kind, listed
 from ..errors import SettingError
 from .closed_form import ValueMoments
 from .mentions import without
@@ -90,7 +90,12 @@ def preserved(
         ]
     domain: list[str] = []
     if method.domain_scale:
-        domain = kept_texts(keep, method.templates or thirty(concepts[0].kind))
+        kind = common_kind(concepts) or "object"
+        by_form: dict[tuple[str, ...], list[Any]] = {}
+        for entry in listed(keep):
+            own = entry.kind if isinstance(entry, Concept) else kind
+            by_form.setdefault(method.templates or thirty(own), []).append(entry)
+        domain = [text for forms, own in by_form.items() for text in kept_texts(own, forms)]
         domain += without(_contexts(method, model, told), [n for c in concepts for n in c.names])
     if not general and not domain:
         raise SettingError(

@@ -1,8 +1,8 @@
 """A discriminator of latents that answers for patches, as PatchGAN does (arXiv 1611.07004).
 
-Strided convolutions halve the sides until they are four, a last one answers with 3 x 3 logits; for the 64 x 64
-latents of Stable Diffusion these are the four halvings of DoCo's published code (arXiv 2405.15304), for smaller
-latents fewer.  Each halving doubles the channels, up to 512; all but the first normalise over the batch.
+Strided convolutions halve the sides at most four times and to no less than four, a last one answers with a logit for
+each patch: 3 x 3 for the 64 x 64 latents of Stable Diffusion, as in DoCo's published code (arXiv 2405.15304), 7 x 7
+for 128 x 128.  Each halving doubles the channels, up to 512; all but the first normalise over the batch.
 """
 
 from __future__ import annotations

@@ -110,7 +110,9 @@ def test_the_concept_is_a_negative_text_of_its_anchors_pictures_or_refused(monke
     for avoid in (False, True):
         Material(model, [STAR], ConceptAblation(**SMALL | {"avoid": avoid}), None, 0)
     assert seen == ["", "star"]
-    with pytest.raises(MissingCapability, match="avoid=True gives 'star' as negative text"):
+    with pytest.raises(
+        MissingCapability, match="avoid=True gives a concept's name as negative text"
+    ):
         ConceptAblation(**SMALL | {"avoid": True}).erase(tiny_layout("flux"), STAR)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from expunge.concept import as_concepts
+from expunge.concept import Concept, as_concepts
 from expunge.core import finetune, scores
 from expunge.core.detections import detected
 from expunge.core.location_tokens import Grid, Words
@@ -275,8 +275,21 @@ def test_several_concepts_share_the_tokens(model):
     assert made.tensors[ROWS].shape[0] == 4
 
 
+def test_detections_may_call_the_concept_by_any_name(model):
+    given = data()
+    names = iter(("Mark", "logo", "LOGO", "mark"))
+    given["boxes"] = [[(c, b, next(names)) for c, b, _ in own] for own in given["boxes"]]
+    found = detected(model, [Concept("mark", phrases=("logo",))], given, None, count=0, seed=0)
+    assert [d.name for own in found.boxes for d in own] == ["mark"] * 4
+
+
 def test_a_second_edit_with_the_same_tokens_is_refused(model, edit):
     other = GeomErasing(**QUICK).erase(model, "mark", data=data(), seed=1)
+    with edit.on(model):
+        rows = model.cost.rows("denoiser")
+        with pytest.raises(WrongState, match="of an earlier geom-erasing edit"):
+            GeomErasing(**QUICK).erase(model, "mark", data=data(), seed=1)
+        assert model.cost.rows("denoiser") == rows
     with edit.on(model), pytest.raises(WrongState):
         other.apply(model, rebase=True)
 

@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from expunge import Concept
 from expunge.core import finetune, fusion
@@ -47,7 +48,8 @@ def pictures(n=3, name="star", seed=0):
     return Pictures(shown, masks, tuple(f"a photo of a {name} {i}" for i in range(n)))
 
 
-DATA = {"pictures": {"star": pictures(), "square": pictures(2, "square", 1)}, "captions": CAPTIONS}
+PICTURES = {"pictures": {"star": pictures(), "square": pictures(2, "square", 1)}}
+DATA = {**PICTURES, "captions": CAPTIONS}
 
 
 def rows(model, texts):
@@ -169,7 +171,7 @@ def test_the_changes_of_one_concept_do_not_depend_on_the_others(model):
     trained = []
     for order in ([STAR, SQUARE], [SQUARE, STAR]):
         # Without refinement nothing but the fusion sees all concepts.
-        report = MACE(refine=False, **QUICK).erase(model, order, data=DATA).manifest.report
+        report = MACE(refine=False, **QUICK).erase(model, order, data=PICTURES).manifest.report
         trained.append(report["losses"])
         assert "refinement" not in report
     assert trained[0] == trained[1]
@@ -242,7 +244,7 @@ def test_the_gradient_is_that_of_finite_differences():
 def test_training_takes_attention_off_the_concept_and_leaves_the_model_alone(model):
     before = copy.deepcopy({n: p.detach() for n, p in model.tensors().items()})
     method = MACE(**{**QUICK, "steps": 40, "lr": 2e-2, "timestep_sampling": "uniform"})
-    edit = method.erase(model, STAR, data=DATA)
+    edit = method.erase(model, STAR, data=PICTURES)
     losses = edit.manifest.report["losses"]["star"]
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
     assert all(torch.equal(p, before[n]) for n, p in model.tensors().items())
@@ -294,6 +296,29 @@ def test_prompts_of_the_domain_do_not_name_what_is_erased():
     assert domain == ["red", "a photo of red", "a red square"]
 
 
+def test_what_is_kept_stands_in_templates_of_its_own_kind(model):
+    method, dots = MACE(preserve_scale=1.0, domain_scale=1.0), Concept("dots", kind="style")
+    style = Concept("striped", kind="style")
+
+    def domain(concepts, keep):
+        return fusion.preserved(method, model, concepts, keep, CAPTIONS)[1]
+
+    assert "a painting by blue" in domain([style], ["blue"])
+    assert "a photo of blue" in domain([STAR], ["blue"])
+    both = domain([STAR, style], ["blue", dots])
+    assert both == domain([style, STAR], ["blue", dots]) and len(both) == 62
+    assert {"a photo of blue", "a painting by dots"} <= set(both)
+
+
+def test_the_files_of_a_concept_are_its_pictures(model, tmp_path):
+    shown = pictures(2).pictures
+    paths = tuple(str(tmp_path / f"{i}.png") for i in range(2))
+    for path, picture in zip(paths, shown, strict=True):
+        Image.fromarray(picture).save(path)
+    origin, found = MACE(**QUICK)._examples(model, Concept("star", images=paths), {}, 0)
+    assert origin == "files" and found.masks is None and np.array_equal(found.pictures, shown)
+
+
 def test_what_does_not_fit_is_refused_in_words(model):
     quick = MACE(**QUICK)
     bad = {
@@ -305,12 +330,23 @@ def test_what_does_not_fit_is_refused_in_words(model):
             "pictures": {"stra": (pictures().pictures, None, ["a star"] * 3)}
         },
         "does not name": {"pictures": {"star": (pictures().pictures, None, ["a dog"] * 3)}},
+        "weigh nothing with preserve_scale=0": {"captions": CAPTIONS},
+        "draws 16 x 16": {
+            "pictures": {"star": (pictures().pictures[:, :8, :8], None, ["a star"] * 3)}
+        },
+        "mask of picture 1 of 'star' holds nothing": {
+            "pictures": {
+                "star": pictures()._replace(masks=np.arange(3)[:, None, None] != [[[1] * 16] * 16])
+            }
+        },
     }
     for words, data in bad.items():
         with pytest.raises(InputError, match=words):
             quick.erase(model, STAR, data=data)
+    rows = model.cost.rows("denoiser")
     with pytest.raises(SettingError, match="captions"):
         MACE(preserve_scale=1.0, **QUICK).erase(model, STAR)
+    assert model.cost.rows("denoiser") == rows  # before a picture is drawn
     with pytest.raises(NumericalError, match="ridge"):
         MACE(ridge=0.0, **QUICK).erase(model, STAR)
 
@@ -365,7 +401,7 @@ def test_a_killed_run_resumes_bit_for_bit(model, tmp_path, monkeypatch):
 
 def test_an_edit_stacks_on_another(model):
     """The present weights are what is refined and kept, whatever the model was before."""
-    first = MACE(**QUICK).erase(model, SQUARE, data=DATA)
+    first = MACE(**QUICK).erase(model, SQUARE, data=PICTURES)
     heavy = dataclasses.replace(METHOD, ridge=10.0, preserve_scale=1e4)
     with first.on(model):
         present = {n: model.tensor(n).detach().clone() for n in model.text_projections()}

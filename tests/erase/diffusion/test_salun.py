@@ -37,8 +37,10 @@ def model():
 
 def task(model, **settings):
     method = SalUn(**{**QUICK, **settings})
-    forget = {"star": method._forgotten(model, STAR, DATA["pictures"], 0)}
-    retain = method._retained(model, [STAR], [], DATA["pictures"], 0) if method.alpha else {}
+    own = method._given(model, [STAR], DATA["pictures"])
+    named = method._named([STAR], ["circle"], [], DATA["pictures"])
+    forget = {"star": method._forgotten(model, STAR, own, 0)}
+    retain = method._retained(model, [STAR], named, own, 0) if method.alpha else {}
     return _Relabelling(method, model, [STAR], forget, retain, 0)
 
 
@@ -186,6 +188,29 @@ def test_what_would_be_ignored_or_contradicts_itself_is_refused(model):
         SalUn(**QUICK).erase(model, STAR, data={"captions": ["a blue square"]})
     with pytest.raises(ConceptError, match="to be kept, but also erased"):
         SalUn(**QUICK).erase(model, STAR, keep=["square", "Heart"])
+    for name in ("Star", "heart"):
+        with pytest.raises(InputError, match=f"{name!r} names what is erased"):
+            SalUn(**QUICK).erase(model, STAR, data={"pictures": {name: pictures(name)}})
+    named = {"pictures": {"square": pictures("star"), "star": pictures()}}
+    with pytest.raises(InputError, match="every caption of 'square' names what is erased"):
+        SalUn(**QUICK).erase(model, STAR, data=named)
+
+
+def test_refusals_come_before_pictures():
+    model = tiny_diffusion()
+    for bad, said in (({}, "nothing to retain"), ({"other": "star"}, "is 'star' itself")):
+        with pytest.raises(SettingError, match=said):
+            SalUn(**QUICK, **bad).erase(model, "star")
+    assert not model.cost.rows("denoiser", {})
+    with pytest.raises(SettingError, match="ratio=0 lets no entry move"):
+        SalUn(**QUICK, ratio=0.0).erase(model, STAR, data=DATA)
+
+
+def test_whole_prompts_are_retained_and_what_holds_the_name_is_told(model):
+    prompt = "a photo of a red square " * 10
+    report = SalUn(**QUICK).erase(model, STAR, keep=[prompt, "star fruit"]).manifest.report
+    assert report["retained"] == [prompt, "circle"]
+    assert report["named_like_the_erased"] == ["star fruit"]
 
 
 def test_the_files_of_a_concept_are_its_pictures(model, tmp_path):
@@ -194,11 +219,16 @@ def test_the_files_of_a_concept_are_its_pictures(model, tmp_path):
     for path, picture in zip(paths, shown, strict=True):
         Image.fromarray(picture).save(path)
     concept, method = Concept("star", phrases=("heart",), images=paths), SalUn(**QUICK)
-    origin, found = method._forgotten(model, concept, {}, 0)
+    read = method._given(model, [concept], {})
+    origin, found = method._forgotten(model, concept, read, 0)
     assert origin == "files" and np.array_equal(found.pictures, shown)
     assert found.captions == ("star", "heart", "star")
-    # What is given as data comes first.
-    assert method._forgotten(model, concept, DATA["pictures"], 0)[0] == "data"
+    # So are those of what is kept; what is given as data comes first.
+    square = Concept("square", images=paths[:1])
+    kept = SalUn(**QUICK).erase(model, STAR, keep=[square], data={"pictures": {"star": pictures()}})
+    assert kept.manifest.report["pictures"]["square"] == "files"
+    both = method._given(model, [concept], DATA["pictures"])
+    assert method._forgotten(model, concept, both, 0)[0] == "data"
 
 
 def test_nothing_an_audit_measures_is_retained_unless_it_was_named():

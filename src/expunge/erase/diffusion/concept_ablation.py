@@ -67,7 +67,8 @@ class ConceptAblation(Eraser):
         "paper:style": {},
         "paper:unsafe": {"parameters": "attn", "steps": 400, "lr": 3.2e-5, "prior_weight": 1.0, "avoid": True},
         "paper:memorization": {
-            "pairing": "memorization", "parameters": "full-weight", "steps": 400, "lr": 4e-6,
+            "pairing": "memorization", "parameters": "full-weight", "steps": 400, "batch": 4, "lr": 2e-6,
+            "prior_weight": 1.0,
         },
         # Chosen on 32 development prompts of star: nothing left, anchor in 81 %, 97 % of untold neighbours kept.
         # At 1e-4 a fifth is left, at 5e-4 the anchor itself is lost.

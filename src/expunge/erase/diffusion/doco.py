@@ -70,7 +70,7 @@ class DoCo(Eraser):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper:object": {"augment": True},
         "paper:style": {"discriminator_lr": 5e-4},
-        "paper:unsafe": {},
+        "paper:unsafe": {"anchor": "clothed", "pairing": "object", "augment": True},
         # Concept ablation's learning rate.  On 32 development prompts of star: nothing left, by unlisted words
         # neither, the anchor in 94 %, 94 % of the untold neighbours kept.
         "world": {

@@ -279,7 +279,7 @@ class _Ascent(finetune.Task):
             files = examples.read_pictures(concept, height, width, crop=method.crop)
             given = own if concept.name in own or files is None else {concept.name: files}
             origin, taken = examples.examples(
-                model, concept, given, count=method.pictures,
+                model, concept.name, given, count=method.pictures,
                 texts=[t.replace("{}", concept.name) for t in self.templates[concept.name]], seed=self.seed,
                 steps=model.steps, guidance=model.guidance,
             )  # fmt: skip

@@ -49,7 +49,7 @@ from ...core.layer_choice import LAYERS, trainable
 from ...core.location_tokens import Grid, Wording, Words, region_weights, upsampled
 from ...core.negative_text import NegativeText
 from ...edit import Edit
-from ...errors import InputError, MissingCapability, SettingError
+from ...errors import InputError, MissingCapability, SettingError, WrongState
 from ...method import Control, Eraser, Judge
 from ...method import setting as hyperparameter
 from ...models.base import noise_generator
@@ -90,7 +90,7 @@ class GeomErasing(Eraser):
         2.0, "weight of the other bins over those of the concept; 1 weighs all alike", minimum=1
     )
     written: str = hyperparameter(
-        "location", "what captions say of the concept; nothing is plain training on the pictures",
+        "location", "what captions say of the concept; nothing, with alpha=1, is plain training on the pictures",
         choices=("location", "name", "nothing"),
     )  # fmt: skip
     negative: str = hyperparameter(
@@ -151,6 +151,7 @@ class GeomErasing(Eraser):
         Raises:
             MissingCapability: The model has several text encoders, or guidance without a second branch.
             InputError: No concept is seen in any picture, or the data is not as described.
+            WrongState: The model has location tokens of another edit of this method.
         """
         model.check_family(self)
         model.needs("gradients", "controls")
@@ -162,6 +163,12 @@ class GeomErasing(Eraser):
             )
         _two_branches(model)
         words = Words(model, self._grid())
+        taken = set(model.tokenizer.get_vocab()) & set(words.grid.tokens)
+        if taken and self.written == "location":
+            raise WrongState(
+                f"{model.name} has {min(taken)!r} of an earlier geom-erasing edit already, so this one's tokens could "
+                "not be added to it; take that edit off, or give all concepts to one"
+            )
         started, counted = time.monotonic(), model.cost.snapshot()
         found = detected(
             model, wanted, data, judge, count=self.pictures, seed=seed, steps=self.sampling_steps,

@@ -281,7 +281,7 @@ class ItD(Eraser):
         for concept in concepts:
             asked = [form.replace("{}", concept.name) for form in five(concept.kind)]
             _, shown = examples(
-                model, concept, {}, count=self.pictures, texts=asked, seed=seed, steps=model.steps,
+                model, concept.name, {}, count=self.pictures, texts=asked, seed=seed, steps=model.steps,
                 guidance=model.guidance,
             )  # fmt: skip
             with model.controlled(Deactivation(edited)):

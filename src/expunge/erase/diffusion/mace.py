@@ -48,12 +48,13 @@ from torch import Tensor
 
 from ...concept import Concept, as_concepts
 from ...core import examples, finetune, fusion
-from ...core.attention import AttentionNorms, need_cross_attention, token_columns
+from ...core.attention import AttentionNorms, need_cross_attention, shrunk_masks, token_columns
 from ...core.closed_form import Solution, ValueMoments
 from ...core.low_rank import LowRank
 from ...core.projections import Projections, kept_texts, per_layer_edit, shared_edit
 from ...core.token_policy import Pair, accumulate
 from ...edit import Edit
+from ...errors import InputError
 from ...method import Eraser, Judge, setting
 from ...models.base import Pictures
 from ...models.diffusion import DiffusionModel
@@ -161,12 +162,16 @@ class MACE(Eraser):
         began, counted = time.perf_counter(), model.cost.snapshot()
         wanted = as_concepts(concepts, keep)
         group = Projections(model, need_cross_attention(model, self.id))
-        own, captions = examples.given(data, concepts=wanted)
-        # Before pictures are drawn: a mistake in a template or the guide shows here.
+        own, captions = examples.given(data, model, concepts=wanted)
+        if captions and not self.preserve_scale:
+            raise InputError(
+                f"{self.id}: data holds 'captions', which weigh nothing with preserve_scale=0; leave them out or set it"
+            )
+        # Before pictures are drawn: a mistake in a template or the guide shows here, or nothing to preserve.
         texts = [fusion.pairs(self, model, concept) for concept in wanted]
+        general, domain = fusion.preserved(self, model, wanted, keep, captions)
         shown = {c.name: self._examples(model, c, own, seed) for c in wanted}
         digest = examples.examples_digest(shown, captions)
-        general, domain = fusion.preserved(self, model, wanted, keep, captions)
         prior = fusion.prior(self, group, general, domain)
         refined = self._refined(group, texts, prior)
         shared: dict[str, Any] = {"keep": kept_texts(keep), "seed": seed}
@@ -233,13 +238,24 @@ class MACE(Eraser):
         """Where its pictures come from, and the pictures, each caption naming it by one of its names in turn."""
         names = concept.names if self.erase_phrases else (concept.name,)
         form = fusion.thirty(concept.kind)[0]
-        origin, found = examples.examples(
-            model, concept, own, count=self.pictures, texts=[form.replace("{}", n) for n in names],
+        height, width = (side * model.layout.scale_factor for side in model.latent_shape[1:])
+        files = None if concept.name in own else examples.read_pictures(concept, height, width)
+        origin, found = ("files", files) if files is not None else examples.examples(
+            model, concept.name, own, count=self.pictures, texts=[form.replace("{}", n) for n in names],
             seed=seed, steps=self.sampling_steps, guidance=self.guidance,
         )  # fmt: skip
         known = model.companions.concept(concept.name) if model.companions is not None else None
         spoken = (*concept.names, *(known.names if known is not None else ()))
         masks = None if concept.kind == "style" else found.masks
+        if masks is not None and origin == "data":
+            size = model.latent_shape[1], model.latent_shape[2]
+            seen = shrunk_masks(torch.as_tensor(masks), size).flatten(1).any(1)
+            if not bool(seen.all()):
+                empty = int(seen.logical_not().nonzero()[0])
+                raise InputError(
+                    f"data: the mask of picture {empty} of {concept.name!r} holds nothing on latents of "
+                    f"{size[0]} x {size[1]}; allowed is one that marks the concept, or None"
+                )
         return origin, examples.called(found._replace(masks=masks), spoken, names)
 
     def _suppressed(

@@ -36,14 +36,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...concept import Concept, as_concepts
+from ...concept import Concept, as_concepts, listed
 from ...core import examples, finetune, saliency, scores
 from ...core.layer_choice import trainable
 from ...core.mentions import exchanged, without
 from ...core.projections import guide_of, kept_texts
 from ...core.trajectories import Trajectories
 from ...edit import Edit
-from ...errors import SettingError
+from ...errors import InputError, SettingError
 from ...method import Eraser, Judge, setting
 from ...models.base import Pictures, noise_generator
 from ...models.diffusion import DiffusionModel
@@ -115,14 +115,19 @@ class SalUn(Eraser):
         model.needs("gradients")
         wanted = as_concepts(concepts, keep)
         counted = model.cost.snapshot()
-        own, _ = examples.given(data, model, parts=("pictures",))
-        trainable(model, LAYERS[self.layers])  # refused before pictures are made, if it is nothing
+        pictures, _ = examples.given(data, model, parts=("pictures",))
+        # Refused before pictures are made: nothing to train, to take a concept's place, or to retain.
+        trainable(model, LAYERS[self.layers])
+        guides = [guide_of(concept, self.other) for concept in wanted]
+        named = self._named(wanted, guides, kept_texts(keep), pictures)
+        own = self._given(model, [*wanted, *listed(keep)], pictures)
         forget = {c.name: self._forgotten(model, c, own, seed) for c in wanted}
-        retain = self._retained(model, wanted, kept_texts(keep), own, seed) if self.alpha else {}
+        retain = self._retained(model, wanted, named, own, seed) if self.alpha else {}
         task = _Relabelling(self, model, wanted, forget, retain, seed)
         report: dict[str, Any] = {
             "pictures": {n: origin for n, (origin, _) in {**retain, **forget}.items()},
             "retained": list(retain),
+            "named_like_the_erased": [text for text in kept_texts(keep) if text not in named],
         }
         digest = examples.examples_digest({**retain, **forget})
         if self.mask != "none":
@@ -131,6 +136,10 @@ class SalUn(Eraser):
                 [task.mask], run=run, settings={**settings, "seed": seed}, label=f"{self.id}: mask"
             )
             report["mask"] = saliency.report(task.chosen)
+            if not any(bool(chosen.any()) for chosen in task.chosen.values()):
+                raise SettingError(
+                    f"{self.id}: ratio={self.ratio:g} lets no entry move; allowed is a share that holds at least one"
+                )
         steps = self.steps or self.epochs * math.ceil(len(task.forget) / self.batch)
         return finetune.train_edit(
             self, model, wanted, task, finetune.Loop(steps, finetune.Optimiser(self.lr)), seed=seed,
@@ -139,68 +148,106 @@ class SalUn(Eraser):
 
     # -- pictures ------------------------------------------------------------------------------
 
+    def _given(
+        self, model: DiffusionModel, entries: Sequence[Any], data: Mapping[str, Pictures]
+    ) -> dict[str, Shown]:
+        """Pictures that need not be drawn: the user's data, else the files that concepts name."""
+        height, width = (side * model.layout.scale_factor for side in model.latent_shape[1:])
+        found: dict[str, Shown] = {name: ("data", own) for name, own in data.items()}
+        for concept in entries:
+            if isinstance(concept, Concept) and concept.name not in found:
+                read = examples.read_pictures(concept, height, width)
+                if read is not None:
+                    found[concept.name] = "files", read
+        return found
+
     def _shown(
         self,
         model: DiffusionModel,
-        concept: Concept,
-        own: Mapping[str, Pictures],
+        names: Sequence[str],
+        own: Mapping[str, Shown],
         count: int,
         seed: int,
     ) -> Shown:
-        texts = [TEMPLATE.replace("{}", name) for name in concept.names]
+        """Pictures of the first name, and where they come from; the model is asked by all names in turn."""
+        if names[0] in own:
+            return own[names[0]]
+        texts = [TEMPLATE.replace("{}", name) for name in names]
         return examples.examples(
-            model, concept, own, count=count, texts=texts, seed=seed, steps=self.sampling_steps,
+            model, names[0], {}, count=count, texts=texts, seed=seed, steps=self.sampling_steps,
             guidance=self.guidance,
         )  # fmt: skip
 
     def _forgotten(
-        self, model: DiffusionModel, concept: Concept, own: Mapping[str, Pictures], seed: int
+        self,
+        model: DiffusionModel,
+        concept: Concept,
+        own: Mapping[str, Shown],
+        seed: int,
     ) -> Shown:
         """Pictures of a concept, each caption naming it by one of its names in turn."""
         names = concept.names if self.erase_phrases else (concept.name,)
-        height, width = (side * model.layout.scale_factor for side in model.latent_shape[1:])
-        files = None if concept.name in own else examples.read_pictures(concept, height, width)
-        origin, found = (
-            ("files", files)
-            if files is not None
-            else self._shown(
-                model, dataclasses.replace(concept, phrases=names[1:]), own, self.pictures, seed
-            )
-        )
+        origin, found = self._shown(model, names, own, self.pictures, seed)
         known = model.companions.concept(concept.name) if model.companions is not None else None
         spoken = (*concept.names, *(known.names if known is not None else ()))
         return origin, examples.called(found, spoken, names)
+
+    def _named(
+        self,
+        concepts: Sequence[Concept],
+        guides: Sequence[str],
+        keep: Sequence[str],
+        data: Mapping[str, Pictures],
+    ) -> list[str]:
+        """What is retained: what is given, kept, or takes a concept's place, and names no concept."""
+        erased = [name for c in concepts for name in c.names]
+        given = [name for name in data if name not in {c.name for c in concepts}]
+        named = without([n for n in dict.fromkeys([*given, *keep, *guides]) if n], erased)
+        for name in given:
+            if name not in named:
+                raise InputError(
+                    f"data: {name!r} names what is erased, but pictures of that stand under a concept's own name, "
+                    f"{', '.join(repr(c.name) for c in concepts)}, and pictures to retain under another"
+                )
+        if self.alpha and not named:
+            raise self._nothing()
+        return named
+
+    def _nothing(self) -> SettingError:
+        return SettingError(
+            f"{self.id}: alpha is {self.alpha:g}, but there is nothing to retain; name what to keep, give the "
+            "concept an anchor or pictures of something else as data, or set alpha=0"
+        )
 
     def _retained(
         self,
         model: DiffusionModel,
         concepts: Sequence[Concept],
-        keep: Sequence[str],
-        own: Mapping[str, Pictures],
+        named: Sequence[str],
+        own: Mapping[str, Shown],
         seed: int,
     ) -> dict[str, Shown]:
-        """Pictures of what is given, kept, or takes a concept's place, none of which names a concept."""
+        """Pictures of what is named, by captions that name no concept."""
         erased = [name for c in concepts for name in c.names]
-        guides = [guide_of(c, self.other) for c in concepts]
-        given = [name for name in own if name not in {c.name for c in concepts}]
-        named = without([n for n in dict.fromkeys([*given, *keep, *guides]) if n], erased)
         banned = [*erased, *self._untold(model, concepts, named)]
         each = math.ceil(self.pictures / max(1, len(named)))
         found: dict[str, Shown] = {}
         for name in named:
-            origin, shown = self._shown(model, Concept(name), own, each, seed)
-            left = set(without(shown.captions, erased if origin == "data" else banned))
+            origin, shown = self._shown(model, (name,), own, each, seed)
+            # A user's own captions are bound by the concepts alone.
+            left = set(without(shown.captions, banned if origin in ("world", "model") else erased))
             rows = [i for i, caption in enumerate(shown.captions) if caption in left]
+            if not rows and origin == "data":
+                raise InputError(
+                    f"data: every caption of {name!r} names what is erased, so none of its pictures can be retained"
+                )
             if rows:
                 found[name] = (
                     origin,
                     Pictures(shown.pictures[rows], None, tuple(shown.captions[i] for i in rows)),
                 )
         if not found:
-            raise SettingError(
-                f"{self.id}: alpha is {self.alpha:g}, but there is nothing to retain; name what to keep, give the "
-                "concept an anchor or pictures of something else as data, or set alpha=0"
-            )
+            raise self._nothing()
         return found
 
     def _untold(
