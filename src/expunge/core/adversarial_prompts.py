@@ -161,6 +161,10 @@ def without_room(
     bases = [""] * len(texts) if placement == "replace" else list(texts)
     whole = model.token_ids([""]).shape[1] - 2
     counts = [searched] * len(texts) if isinstance(searched, int) else list(searched)
+    if counts and min(counts) > whole:
+        raise PromptError(
+            f"{min(counts)} searched tokens do not fit this model, which reads {whole} at most"
+        )
     reasons = {
         text: f"prompt {base[:60]!r} has {length} tokens; with {count} searched ones at most {whole - count} fit "
         "this model"

@@ -19,6 +19,7 @@ from ..models.diffusion import DiffusionModel
 from .examples import texts_of
 from .mentions import without
 from .projections import erased_pairs, general_captions, kept_texts, registered_texts
+from .prompt_templates import with_place
 
 __all__ = ["Texts", "concept_prompts", "five"]
 
@@ -89,6 +90,7 @@ def concept_prompts(
         InputError: ``data`` is of another form, or there are no captions.
     """
     given = _given(method.id, data, concepts)
+    with_place(method.id, "templates", method.templates)
     pairs = [
         pair
         for concept in concepts

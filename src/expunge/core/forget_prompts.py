@@ -114,7 +114,8 @@ def forget_prompts(
     """
     given = _given(data)
     classes = tuple(model.layout.classes)
-    _all_read(given, model.name, classes, unsafe, override)
+    _all_read(given, keep, model.name, classes, unsafe, override)
+    _no_forgotten_override(concepts, override)
     forget: list[str] = []
     overrides: list[tuple[str, ...]] = []
     # The user's prompts are for all concepts together.
@@ -173,9 +174,15 @@ def _given(data: Any) -> dict[str, list[str]]:
 
 
 def _all_read(
-    given: Mapping[str, Any], model: str, classes: Sequence[str], unsafe: bool, override: str | None
-) -> None:
+    given: Mapping[str, Any], keep: Sequence[str], model: str, classes: Sequence[str], unsafe: bool,
+    override: str | None,
+) -> None:  # fmt: skip
     """Refuse what would be ignored."""
+    for name in keep if classes else ():
+        if name.strip().lower() not in (known.lower() for known in classes):
+            raise InputError(
+                f"{model} draws classes; {name!r} to keep is none{nearest(name, classes)}"
+            )
     unread: tuple[str, ...] = ("subjects",)
     reason = "subjects stand beside unsafe words only"
     if classes:
@@ -185,7 +192,13 @@ def _all_read(
     for key in unread:
         if key in given:
             raise InputError(f"data: {key!r} would be ignored, because {reason}; leave it out")
-    if unsafe and not classes and override is not None:
+    if "override" in given and override is not None:
+        raise SettingError(
+            f"override={override!r} would be ignored, because data has an 'override' for each prompt; leave one out"
+        )
+    if unsafe and classes:
+        raise SettingError(f"pairing='unsafe' would be ignored, because {model} draws classes")
+    if unsafe and override is not None:
         raise SettingError(
             f"override={override!r} would be ignored, because unsafe words are left out and nothing takes their place; "
             "leave it out, or do without pairing='unsafe'"
@@ -194,6 +207,18 @@ def _all_read(
 
 def _instead(concept: Concept, override: str | None) -> str | None:
     return concept.anchor if override is None else override
+
+
+def _no_forgotten_override(concepts: Sequence[Concept], override: str | None) -> None:
+    """Refuse to draw one concept to another that is forgotten too; to itself it is plain distillation."""
+    for concept in concepts:
+        instead = (_instead(concept, override) or "").strip().casefold()
+        for other in concepts:
+            if other is not concept and instead in (name.casefold() for name in other.names):
+                raise SettingError(
+                    f"{concept.name!r} is to look like {other.name!r}, which is to be forgotten too; choose another "
+                    "override"
+                )
 
 
 def _of_class(
@@ -302,7 +327,7 @@ def _rest(
         listed = list(companions.captions(count, seed, tuple(known)))
     else:
         listed = []
-    if captions is None and not classes:
+    if not classes:
         listed += [template.format(name) for name in keep for template in TEMPLATES]
     if classes:  # a class is its whole name: "tiger shark" is no "shark"
         forgotten = {name.lower() for name in gone}

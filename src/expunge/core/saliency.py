@@ -225,6 +225,7 @@ def intersected(
 
     Raises:
         ResumeMismatch: The folder holds masks made with other settings.
+        SettingError: No mask was asked for, or no entry is in all of them.
     """
     if not makers:
         raise SettingError("no mask was asked for; at least one is needed")
@@ -247,6 +248,11 @@ def intersected(
             if file is not None:
                 file.write(_checkpoint(masks, densities, spent + time.monotonic() - began))
             bar.advance(f"density {densities[-1]:.3f}")
+    if not densities[-1]:
+        raise SettingError(
+            f"{label}: no entry is in all {len(makers)} masks, so nothing would train; allowed is a larger ratio, or "
+            "fewer masks"
+        )
     return masks, densities
 
 

@@ -212,6 +212,10 @@ def test_batch_topk_without_a_threshold_is_an_error() -> None:
             ask(X)
     assert model.calibrate(X) > 0
     assert (model.encode(X) > 0).sum() == 3 * 40
+    with torch.no_grad():
+        model.offset.fill_(-100.0)
+    with pytest.raises(SettingError, match="no unit is on for any of these 40 rows"):
+        model.calibrate(X)
 
 
 def test_topk_may_use_a_learned_threshold() -> None:

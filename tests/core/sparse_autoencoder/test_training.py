@@ -206,6 +206,18 @@ def test_silent_units_become_rows_drawn_by_their_loss(tmp_path: Path, unit: bool
             assert not found[[2, 7]].any() and found[live].any(), name
 
 
+def test_silence_is_told_in_the_steps_that_official_k_sparse_counts() -> None:
+    settings = config(
+        variant="k-sparse", compat="official", auxiliary="none", resample_steps=4, steps=4, lr=1e-3
+    )
+    model = started(settings, Rows(X), 0)
+    with torch.no_grad():
+        model.encoder[[2, 7]], model.offset[[2, 7]] = 0.0, -100.0
+    task = _Autoencoders([model], Rows(X), 0)
+    done = train(task, Loop(4, _optimiser(settings)), seed=0)
+    assert not done.values["0.offset"][[2, 7]].any() and done.values["0.encoder"][[2, 7]].any()
+
+
 def test_nothing_is_resampled_where_all_units_fire() -> None:
     settings = config(variant="vanilla", auxiliary="none", steps=4)
     plain, resampled = (

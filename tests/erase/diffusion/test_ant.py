@@ -292,6 +292,12 @@ def test_a_change_counts_alpha_over_rank_and_is_merged_at_its_scale(model):
 def test_what_would_be_ignored_or_contradicts_itself_is_refused(model):
     with pytest.raises(ConceptError, match="to be kept, but also erased"):
         ANT(**QUICK, form="multi").erase(model, STAR, keep=["blue", "heart"], data=CAPTIONS)
+    with pytest.raises(SettingError, match="guide has no part"):
+        ANT(**QUICK, guide="blue").erase(model, STAR)
+    with pytest.raises(SettingError, match="no mask='least'"):
+        ANT(**QUICK, form="multi", mask="least").erase(model, STAR, data=CAPTIONS)
+    with pytest.raises(SettingError, match="no entry is in all"):
+        ANT(**QUICK | {"ratio": 0.0}).erase(model, STAR)
     with pytest.raises(InputError, match="reads no 'pictures'"):
         ANT(**QUICK, form="multi").erase(model, STAR, data={"pictures": {}, **CAPTIONS})
 

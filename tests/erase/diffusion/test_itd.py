@@ -9,14 +9,20 @@ import pytest
 import torch
 
 from expunge import Concept
-from expunge.core.concept_features import peaks
+from expunge.core.concept_features import Deactivated, peaks
 from expunge.core.concept_prompts import concept_prompts
 from expunge.core.sampling import SHARED
 from expunge.core.text_activations import Rows, recorded, sites
 from expunge.core.text_autoencoders import unpacked
 from expunge.edit import Edit
-from expunge.erase.diffusion.itd import ItD
-from expunge.errors import EditFormatError, InputError, SettingError, WrongState
+from expunge.erase.diffusion.itd import ItD, _refuse_unread
+from expunge.errors import (
+    EditFormatError,
+    InputError,
+    MissingCapability,
+    SettingError,
+    WrongState,
+)
 from expunge.method import Prompt
 from expunge.testing import tiny_diffusion
 from expunge.testing.bench import trace
@@ -120,6 +126,29 @@ def test_no_unit_of_its_own_is_an_error(model):
     dense = dataclasses.replace(METHOD, most=512, k=512)
     with pytest.raises(InputError, match="every unit of the target prompts"):
         dense.erase(model, Concept("star"), data=CAPTIONS)
+
+
+def test_a_concept_without_a_unit_in_a_row_that_counts_is_an_error(model, edit):
+    own, (site,) = unpacked(edit.tensors, "text_encoder."), sites(model, (1,))
+    targets = ["red star", "a heart"]
+    said = list(recorded(model, (site,), targets))
+    rows = rows_at(model, targets)
+    counted = rows.real & ~rows.first
+    on = [own.encode(rows.hidden[i][counted[i]]).gt(0).any(0) for i in range(2)]
+    heart = Concept("heart")
+    for mask, missing in ((on[0] & ~on[1], "heart"), (on[1] & ~on[0], "star")):
+        assert mask.any()
+        one = Deactivated(site, own, mask, -8.0)
+        with pytest.raises(InputError, match=f"no prompt of {missing!r}"):
+            _refuse_unread([STAR, heart], targets, [one], said)
+        _refuse_unread([heart if missing == "star" else STAR], targets, [one], said)
+
+
+def test_what_cannot_be_done_is_refused_before_the_autoencoder_learns(model):
+    with pytest.raises(MissingCapability, match="rounds=1 hardens"):
+        change(dataclasses.replace(METHOD, rounds=1), tiny_layout("sdxl"))
+    with pytest.raises(SettingError, match="names no concept"):
+        change(dataclasses.replace(METHOD, templates=("a star",)))
 
 
 # -- what it does ----------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ def test_refusals_come_before_pictures():
         with pytest.raises(SettingError, match=said):
             SalUn(**QUICK, **bad).erase(model, "star")
     assert not model.cost.rows("denoiser", {})
-    with pytest.raises(SettingError, match="ratio=0 lets no entry move"):
+    with pytest.raises(SettingError, match="no entry is in all 1 masks"):
         SalUn(**QUICK, ratio=0.0).erase(model, STAR, data=DATA)
 
 

@@ -109,6 +109,8 @@ def test_a_name_is_exchanged_and_the_rest_says_nothing_of_it(model):
     made = asks(model, keep=("square",), data=None)
     assert made.remain == tuple(template.format("square") for template in TEMPLATES)
     assert len(made.forget) == 2 * len(TEMPLATES) and made.digest is None
+    both = asks(model, keep=("square",), data={"captions": ["a tree"]})
+    assert both.remain == ("a tree", *made.remain)
     given = {"forget": ["x", "y"], "override": ["p", "q"], "captions": ["z"]}
     assert asks(model, data=given).overrides == (("p",), ("q",))
 
@@ -196,6 +198,19 @@ def test_what_would_be_ignored_is_refused(model, classes):
         asks(classes, STAR, {"forget": ["star"]})
     with pytest.raises(InputError, match="asked only with pseudo_label"):
         label_method().erase(classes, STAR, data={"classifier": lambda pictures: pictures})
+    with pytest.raises(SettingError, match="because data has an 'override'"):
+        asks(model, data={"forget": ["a star"], "override": ["x"], **rest}, override="circle")
+    with pytest.raises(SettingError, match="pairing='unsafe' would be ignored"):
+        asks(classes, STAR, None, unsafe=True)
+    with pytest.raises(InputError, match="'dog' to keep is none"):
+        asks(classes, STAR, None, keep=["dog"])
+    with pytest.raises(SettingError, match="'heart', which is to be forgotten too"):
+        asks(model, [Concept("star", anchor="Heart"), Concept("heart", anchor="circle")], rest)
+    unguided = {"guidance": 1.0, "fake_guidance": 1.0}
+    with pytest.raises(SettingError, match="because nothing is guided"):
+        SFD(**QUICK, **unguided, negative="blue").erase(model, STAR, data=DATA)
+    with pytest.raises(SettingError, match="because a classifier says"):
+        SFD(**QUICK, pseudo_label="best", override="circle").erase(classes, STAR)
     with pytest.raises(SettingError, match="ema=1 keeps the start"):
         SFD(**{**QUICK, "ema": 1.0}).erase(model, STAR, data=DATA)
     with pytest.raises(ConceptError, match="to be kept, but also erased"):
@@ -231,6 +246,9 @@ def test_a_term_of_weight_0_is_left_out_and_plain_rows_forget_nothing(model):
 
 def test_prompts_are_dropped_only_while_the_fake_network_trains_under_guidance(model):
     assert set(rows(model, "fake", drop=1.0).generator.texts) == {""}
+    # Neither branch is asked for anything then, whatever the negative text.
+    bare = rows(model, "fake", drop=1.0, negative="blue", fake_negative=True)
+    assert set(bare.empty.texts) == set(bare.negative.texts) == {""}
     assert "" not in rows(model, "generator", drop=1.0).generator.texts
     assert "" not in rows(model, "fake", drop=1.0, guidance=1.0, fake_guidance=1.0).generator.texts
 

@@ -75,7 +75,7 @@ class ConceptInversion(Attack):
     families: ClassVar[tuple[str, ...]] = ("diffusion",)
     teaches: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "paper:sld": {"loss": "guided", "curve": (0, 100, 250, 500, 1000)},
+        "paper:sld": {"loss": "guided", "span": 90, "chosen": 35, "curve": (0, 100, 250, 500, 1000)},
         # 40 x (16 + 1 + 4) + 100 x 8 = 1,640 denoiser rows an item.  Chosen on 8 to 12 development prompts of star on
         # ESD, UCE and never: 3, 3 and 0 of 8; the paper's rate of 0.08 left UCE at 1 of 10, and 350 updates of two
         # pictures each, out of 8, left ESD at 0 of 8.

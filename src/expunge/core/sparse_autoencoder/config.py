@@ -185,7 +185,7 @@ class SparseAutoencoderConfig(Method):
     batch: int = setting(1024, "B: rows of a batch", minimum=1)
     lr: float | None = setting(None, "Learning rate; none: 2e-4 / sqrt(K / 16384)", minimum=0)
     betas: tuple[float, ...] = setting(
-        (0.9, 0.999), "Decays of Adam's moments", minimum=0, maximum=1
+        (0.9, 0.999), "Decays of Adam's moments", minimum=0, maximum=0.999999
     )  # fmt: skip
     adam_eps: float = setting(1e-8, "Adam's guard", minimum=0)
     warm_up: int = setting(0, "Steps over which the rate rises, from 0 at the first", minimum=0)

@@ -292,11 +292,18 @@ class SparseAutoencoder(nn.Module):
         """Set theta so that k units a row are above it on average, on these rows; returns it.
 
         The exact threshold of the rows: between the ``k B``-th and the next largest positive pre-activation.
+
+        Raises:
+            SettingError: No unit is on for any row.
         """
         rows = self.normalised(activations).rows.reshape(-1, self.config.width)
         u = self.pre_activations(rows).relu().reshape(-1)
         count = min(self.config.kept * len(rows), u.numel() - 1)
         best = u.topk(count + 1).values
+        if not best[0] > 0:
+            raise SettingError(
+                f"{self.config.id}: no unit is on for any of these {len(rows)} rows, so there is no threshold to set"
+            )
         self.theta.copy_(best[-1] if best[-1] > 0 else best[best > 0].min() / 2)
         return float(self.theta)
 

@@ -128,7 +128,11 @@ class _Autoencoders(Task):
     def _resample(self, number: int, run: _Run, found: Pass, step: Step) -> None:
         """Units silent for N/2 steps become rows of the batch, drawn by their squared loss."""
         model, config = run.model, run.model.config
-        window = (config.resample_steps or 0) / 2 * config.batch
+        window = (config.resample_steps or 0) / 2
+        if not (
+            config.official and config.variant == "k-sparse"
+        ):  # whose silence counts steps, not rows
+            window *= config.batch
         dead = (run.silent >= window).nonzero().flatten()
         weights = found.errors.double().square().cpu()
         count = min(len(dead), int((weights > 0).sum()))

@@ -105,7 +105,9 @@ class AdvUnlearn(Eraser):
     lr: float = setting(1e-5, "learning rate of Adam", minimum=0)
     batch: int = setting(1, "points an update", minimum=1)
     eta: float = setting(1.0, "strength of the push away from the concept", minimum=0)
-    gamma: float = setting(0.3, "weight of the retain loss; 0 leaves it out", minimum=0)
+    gamma: float = setting(
+        0.3, "weight of the retain loss under mode='reg'; 0 leaves it out", minimum=0
+    )
     mode: str = setting(
         "reg", "retain loss: added to the update, or updates of its own", choices=("reg", "iter")
     )

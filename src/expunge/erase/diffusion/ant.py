@@ -148,7 +148,7 @@ class ANT(Eraser):
     templates: tuple[str, ...] = setting((), "Texts with {} that are fused; none: thirty")
     context_prompts: int = setting(0, "Prompts of the world that are fused, a concept", minimum=0)
     general_prompts: int = setting(1000, "Captions of the world, where none are given", minimum=0)
-    guide: str | None = setting(None, "What takes a concept's place; it picks captions only")
+    guide: str | None = setting(None, "Nothing takes a concept's place here: refused")
 
     def erase(
         self,
@@ -169,6 +169,8 @@ class ANT(Eraser):
         model.check_family(self)
         model.needs("gradients")
         wanted = as_concepts(concepts, keep)
+        if self.guide:
+            raise SettingError(f"{self.id}: guide has no part; leave it out")
         with_place(self.id, "map_templates", self.map_templates)
         with_place(self.id, "templates", self.templates)
         if (self.form or ("single" if len(wanted) == 1 else "multi")) == "multi":
@@ -264,9 +266,9 @@ class ANT(Eraser):
         seed: int,
         run: str | Path | None,
     ) -> Edit:
-        if self.walked == "student":
+        if self.walked == "student" or self.mask == "least":
             raise SettingError(
-                f"{self.id}: the multi form walks with the frozen model; walked='student' is not allowed"
+                f"{self.id}: the multi form walks with the frozen model, unmasked: no walked='student', no mask='least'"
             )
         began, counted = time.perf_counter(), model.cost.snapshot()
         _, captions = examples.given(data, parts=("captions",))
@@ -379,8 +381,7 @@ class _Steering(finetune.Task):
             rows = Condition.concatenate([rows, self.empty.repeat(count)])
         made, *empty = scores.epsilon(self.model, seen, rows).split(count)
         self.model.cost.add("denoiser", len(seen.which), "backward")
-        loss = self.loss(made, empty[0] if empty else None, answers)
-        return {next(iter(self.groups)): loss}
+        return {next(iter(self.groups)): self.loss(made, empty[0] if empty else None, answers)}
 
     def loss(self, made: Tensor, empty: Tensor | None, answers: Mapping[str, Tensor]) -> Tensor:
         """L, from ``eps(z, c)`` and ``eps(z)`` of all points, those of the first range first."""

@@ -45,12 +45,13 @@ from ...core.concept_features import STARTS, Deactivated, Deactivation, used
 from ...core.concept_prompts import Texts, concept_prompts, five
 from ...core.examples import examples
 from ...core.free_words import FreeWord, free_word
+from ...core.mentions import without
 from ...core.projections import kept_texts
 from ...core.sparse_autoencoder import SparseAutoencoder, SparseAutoencoderConfig
 from ...core.text_activations import Rows, Site, recorded, sites
 from ...core.text_autoencoders import loaded, packed, reference, rounded, trained, unpacked
 from ...edit import Edit
-from ...errors import EditFormatError, InputError, SettingError
+from ...errors import EditFormatError, InputError, MissingCapability, SettingError
 from ...method import Eraser, Judge, setting
 from ...models.diffusion import DiffusionModel
 
@@ -163,12 +164,18 @@ class ItD(Eraser):
 
         Raises:
             SettingError: The text encoders have no such layer.
-            InputError: No captions, or no unit belongs to the concept alone.
+            InputError: No captions, or no unit belongs to a concept alone.
+            MissingCapability: Rounds of hardening on a model with several text encoders.
         """
         model.check_family(self)
         model.needs("controls", "activations")
         wanted = as_concepts(concepts, keep)
         self._refuse_half_a_reference()
+        if self.rounds and len(model.vocabularies()) != 1:
+            raise MissingCapability(
+                f"{model.name}: rounds={self.rounds} hardens against free words, which need a single text encoder; "
+                "allowed is rounds=0"
+            )
         places = sites(model, self.layers, self.towers or None)
         counted, began = model.cost.snapshot(), time.monotonic()
         known = self.autoencoder is not None
@@ -180,6 +187,7 @@ class ItD(Eraser):
         }  # fmt: skip
         said = [list(recorded(model, places, listed)) for listed in (texts.targets, texts.retained)]
         edited = self._read_all(places, found, *said)
+        _refuse_unread(wanted, texts.targets, edited, said[0])
         for number in range(self.rounds):
             words = self._attacked(model, wanted, edited, seed, number)
             said[0] += [word.rows(places) for word in words]
@@ -341,6 +349,29 @@ class ItD(Eraser):
 
 def _at(site: Site, parts: Sequence[Mapping[str, Rows]]) -> list[Rows]:
     return [part[site.tower] for part in parts]
+
+
+def _refuse_unread(
+    concepts: Sequence[Concept],
+    targets: Sequence[str],
+    edited: Sequence[Deactivated],
+    said: Sequence[Mapping[str, Rows]],
+) -> None:
+    """Refuse a concept of whose prompts none has a unit in a row that counts: it would stay as it is.
+
+    Units may be strongest in padding, which is edited and has no say.
+    """
+    named = torch.stack([one.read(_at(one.site, said))[1] for one in edited]).any(0)
+    for concept in concepts:
+        left = set(without(targets, concept.names))
+        own = [
+            found for text, found in zip(targets, named.tolist(), strict=True) if text not in left
+        ]
+        if own and not any(own):
+            raise InputError(
+                f"no prompt of {concept.name!r} has a unit that belongs to the concepts alone; lower most, retain "
+                "fewer prompts, or take more units"
+            )
 
 
 def _told(one: Deactivated, targets: Sequence[Rows], retained: Sequence[Rows]) -> dict[str, Any]:

@@ -136,10 +136,6 @@ class SalUn(Eraser):
                 [task.mask], run=run, settings={**settings, "seed": seed}, label=f"{self.id}: mask"
             )
             report["mask"] = saliency.report(task.chosen)
-            if not any(bool(chosen.any()) for chosen in task.chosen.values()):
-                raise SettingError(
-                    f"{self.id}: ratio={self.ratio:g} lets no entry move; allowed is a share that holds at least one"
-                )
         steps = self.steps or self.epochs * math.ceil(len(task.forget) / self.batch)
         return finetune.train_edit(
             self, model, wanted, task, finetune.Loop(steps, finetune.Optimiser(self.lr)), seed=seed,

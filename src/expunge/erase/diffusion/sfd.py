@@ -231,6 +231,15 @@ class SFD(Eraser):
             raise SettingError(
                 "sfd: ema=1 keeps the start for ever; allowed is less than 1, and 0 for no average"
             )
+        if self.negative is not None and self.guidance == self.fake_guidance == 1.0:
+            raise SettingError(
+                f"sfd: negative={self.negative!r} would be ignored, because nothing is guided; leave it out, or guide"
+            )
+        if self.override is not None and self.pseudo_label != "none":
+            raise SettingError(
+                f"sfd: override={self.override!r} would be ignored, because a classifier says what takes the concept's "
+                "place; leave it out, or take pseudo_label='none'"
+            )
         if not model.two_branches and (self.guidance != 1.0 or self.fake_guidance != 1.0):
             raise MissingCapability(
                 f"{model.name}: sfd guides teacher and fake network by an unconditional branch, and "
@@ -355,7 +364,9 @@ class _Rows:
         guided = method.guidance != 1.0 or method.fake_guidance != 1.0
         if turn == "fake" and method.fake_guidance != 1.0:
             drops = (torch.rand(len(own), generator=generator) < method.drop).tolist()
+            # A dropped row is asked for nothing by either branch.
             own = ["" if drop else text for text, drop in zip(own, drops, strict=True)]
+            away = ["" if drop else text for text, drop in zip(away, drops, strict=True)]
         with torch.no_grad():
             asked = self._encoded(own)
             teacher = self._encoded(other)
