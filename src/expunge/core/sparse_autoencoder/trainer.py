@@ -128,11 +128,9 @@ class _Autoencoders(Task):
     def _resample(self, number: int, run: _Run, found: Pass, step: Step) -> None:
         """Units silent for N/2 steps become rows of the batch, drawn by their squared loss."""
         model, config = run.model, run.model.config
-        window = (config.resample_steps or 0) / 2
-        if not (
-            config.official and config.variant == "k-sparse"
-        ):  # whose silence counts steps, not rows
-            window *= config.batch
+        # Silence is counted in rows, official k-sparse's in steps.
+        size = 1 if config.official and config.variant == "k-sparse" else config.batch
+        window = (config.resample_steps or 0) / 2 * size
         dead = (run.silent >= window).nonzero().flatten()
         weights = found.errors.double().square().cpu()
         count = min(len(dead), int((weights > 0).sum()))
@@ -142,10 +140,10 @@ class _Autoencoders(Task):
         dead, live = dead[:count], run.silent < window
         rows = model.normalised(self.x.to(model.bias.device)).rows[drawn.to(model.bias.device)]
         units = torch.nn.functional.normalize(rows, dim=1)
-        size = model.encoder[live].norm(dim=1).mean() if live.any() else model.encoder.new_ones(())
+        norm = model.encoder[live].norm(dim=1).mean() if live.any() else model.encoder.new_ones(())
         model.atoms[dead] = units
         model.encoder[dead] = (
-            (units if config.resample_unit else rows) * config.resample_scale * size
+            (units if config.resample_unit else rows) * config.resample_scale * norm
         )
         model.offset[dead] = 0.0
         run.silent[dead] = 0
