@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from ..models.diffusion import DiffusionModel
 
 __all__ = [
+    "Shown",
     "as_pictures",
+    "at_hand",
     "called",
     "check_size",
     "examples",
@@ -37,6 +39,9 @@ __all__ = [
     "turned",
 ]
 
+
+Shown = tuple[str, Pictures]
+"""Where pictures come from (``data``, ``files``, ``world`` or ``model``), and the pictures."""
 
 PARTS = ("pictures", "captions")
 """What a user may give."""
@@ -166,30 +171,58 @@ def _checked(name: str, pictures: Any, masks: Any, captions: Sequence[str]) -> P
     return Pictures(pictures, masks, tuple(captions))
 
 
+def at_hand(
+    model: DiffusionModel,
+    entries: Iterable[Any],
+    data: Mapping[str, Pictures],
+    *,
+    crop: bool = False,
+) -> dict[str, Shown]:
+    """Pictures by name that need not be drawn: the user's data, else the files that concepts name.
+
+    Args:
+        model: Files are read in the size that it draws.
+        entries: Concepts; what is no :class:`Concept` names no files.
+        data: Pictures by name.
+        crop: See :func:`fitted`.
+
+    Raises:
+        InputError: A file cannot be read as a picture.
+    """
+    height, width = (side * model.layout.scale_factor for side in model.latent_shape[1:])
+    found: dict[str, Shown] = {name: ("data", own) for name, own in data.items()}
+    for concept in entries:
+        if isinstance(concept, Concept) and concept.name not in found:
+            read = read_pictures(concept, height, width, crop=crop)
+            if read is not None:
+                found[concept.name] = "files", read
+    return found
+
+
 def examples(
     model: DiffusionModel,
     name: str,
-    own: Mapping[str, Pictures],
+    own: Mapping[str, Shown],
     *,
     count: int,
     texts: Sequence[str],
     seed: int,
     steps: int,
     guidance: float,
-) -> tuple[str, Pictures]:
-    """Where the pictures of a concept come from (``data``, ``world`` or ``model``), and the pictures.
+) -> Shown:
+    """Pictures of a concept: those at hand, else its world's, else the model's own.
 
     Args:
         model: Sampled as it is now where nothing else is there.
         name: Of the concept; a whole prompt may stand for one.
-        own: The user's pictures, all of which are taken.
+        own: What is :func:`at_hand`, all of which is taken.
         count: How many otherwise.
         texts: What the model is asked for, in turn.
         seed: Seed of the pictures.
         steps, guidance: Of the model's sampling.
     """
     if name in own:
-        return "data", own[name]
+        return own[name]
     companions = model.companions
     if companions is not None and companions.pictures is not None:
         known = companions.concept(name)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from expunge import Concept
 from expunge.core import finetune, fusion
+from expunge.core.examples import at_hand
 from expunge.core.fusion import PLAIN, STYLED
 from expunge.core.low_rank import LowRank
 from expunge.core.projections import Projections
@@ -254,9 +255,9 @@ def test_training_takes_attention_off_the_concept_and_leaves_the_model_alone(mod
 def test_styles_have_no_mask_and_names_take_turns(model):
     style = Concept("striped", kind="style")
     given = {"striped": pictures(2, "striped")}
-    _, shown = MACE(**QUICK)._examples(model, style, given, 0)
+    _, shown = MACE(**QUICK)._examples(model, style, at_hand(model, [], given), 0)
     assert shown.masks is None
-    _, shown = MACE(**QUICK)._examples(model, STAR, {"star": pictures()}, 0)
+    _, shown = MACE(**QUICK)._examples(model, STAR, at_hand(model, [], PICTURES["pictures"]), 0)
     assert shown.masks is not None
     assert [text.split()[4] for text in shown.captions] == ["star", "heart", "star"]
     assert len(set(PLAIN)) == len(set(STYLED)) == 30
@@ -315,7 +316,8 @@ def test_the_files_of_a_concept_are_its_pictures(model, tmp_path):
     paths = tuple(str(tmp_path / f"{i}.png") for i in range(2))
     for path, picture in zip(paths, shown, strict=True):
         Image.fromarray(picture).save(path)
-    origin, found = MACE(**QUICK)._examples(model, Concept("star", images=paths), {}, 0)
+    star = Concept("star", images=paths)
+    origin, found = MACE(**QUICK)._examples(model, star, at_hand(model, [star], {}), 0)
     assert origin == "files" and found.masks is None and np.array_equal(found.pictures, shown)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from expunge.concept import Concept
 from expunge.core import saliency, scores
+from expunge.core.examples import at_hand
 from expunge.core.layer_choice import trainable
 from expunge.core.tasks import Step
 from expunge.erase.diffusion.salun import SalUn, _Relabelling
@@ -37,7 +38,7 @@ def model():
 
 def task(model, **settings):
     method = SalUn(**{**QUICK, **settings})
-    own = method._given(model, [STAR], DATA["pictures"])
+    own = at_hand(model, [STAR], DATA["pictures"])
     named = method._named([STAR], ["circle"], [], DATA["pictures"])
     forget = {"star": method._forgotten(model, STAR, own, 0)}
     retain = method._retained(model, [STAR], named, own, 0) if method.alpha else {}
@@ -219,7 +220,7 @@ def test_the_files_of_a_concept_are_its_pictures(model, tmp_path):
     for path, picture in zip(paths, shown, strict=True):
         Image.fromarray(picture).save(path)
     concept, method = Concept("star", phrases=("heart",), images=paths), SalUn(**QUICK)
-    read = method._given(model, [concept], {})
+    read = at_hand(model, [concept], {})
     origin, found = method._forgotten(model, concept, read, 0)
     assert origin == "files" and np.array_equal(found.pictures, shown)
     assert found.captions == ("star", "heart", "star")
@@ -227,7 +228,7 @@ def test_the_files_of_a_concept_are_its_pictures(model, tmp_path):
     square = Concept("square", images=paths[:1])
     kept = SalUn(**QUICK).erase(model, STAR, keep=[square], data={"pictures": {"star": pictures()}})
     assert kept.manifest.report["pictures"]["square"] == "files"
-    both = method._given(model, [concept], DATA["pictures"])
+    both = at_hand(model, [concept], DATA["pictures"])
     assert method._forgotten(model, concept, both, 0)[0] == "data"
 
 

@@ -54,7 +54,7 @@ from ...core.text_layers import ROLES, trainable_text
 from ...edit import Edit
 from ...errors import InputError, RunError, SettingError
 from ...method import Eraser, Judge, setting
-from ...models.base import Pictures, noise_generator
+from ...models.base import noise_generator
 from ...models.diffusion import DiffusionModel
 
 __all__ = ["FewShotErasing"]
@@ -266,24 +266,23 @@ class _Ascent(finetune.Task):
 
     def _pictures(self, concepts: Sequence[Concept], data: Any) -> list[tuple[Concept, Tensor]]:
         """Latents of each concept's pictures, turned or not, encoded once."""
-        own, _ = examples.given(data, parts=("pictures",))
+        given, _ = examples.given(data, parts=("pictures",))
         names = [concept.name for concept in concepts]
-        for name in own.keys() - set(names):
+        for name in given.keys() - set(names):
             raise InputError(
                 f"data: there are pictures of {name!r}, which is not erased; allowed: {', '.join(names)}"
             )
         method, model = self.method, self.model
         height, width = (side * model.layout.scale_factor for side in model.latent_shape[1:])
-        shown, found = dict[str, tuple[str, Pictures]](), []
+        own = examples.at_hand(model, concepts, given, crop=method.crop)
+        shown, found = dict[str, examples.Shown](), []
         for concept in concepts:
-            files = examples.read_pictures(concept, height, width, crop=method.crop)
-            given = own if concept.name in own or files is None else {concept.name: files}
             origin, taken = examples.examples(
-                model, concept.name, given, count=method.pictures,
+                model, concept.name, own, count=method.pictures,
                 texts=[t.replace("{}", concept.name) for t in self.templates[concept.name]], seed=self.seed,
                 steps=model.steps, guidance=model.guidance,
             )  # fmt: skip
-            shown[concept.name] = ("files" if given is not own else origin, taken)
+            shown[concept.name] = origin, taken
             draw = noise_generator(self.seed, "few-shot-erasing pictures", concept.name)
             sized = [examples.fitted(p, height, width, crop=method.crop) for p in taken.pictures]
             ready, self.turned[concept.name] = examples.turned(np.stack(sized), method.flip, draw)

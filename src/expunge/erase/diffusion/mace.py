@@ -162,7 +162,7 @@ class MACE(Eraser):
         began, counted = time.perf_counter(), model.cost.snapshot()
         wanted = as_concepts(concepts, keep)
         group = Projections(model, need_cross_attention(model, self.id))
-        own, captions = examples.given(data, model, concepts=wanted)
+        pictures, captions = examples.given(data, model, concepts=wanted)
         if captions and not self.preserve_scale:
             raise InputError(
                 f"{self.id}: data holds 'captions', which weigh nothing with preserve_scale=0; leave them out or set it"
@@ -170,6 +170,7 @@ class MACE(Eraser):
         # Before pictures are drawn: a mistake in a template or the guide shows here, or nothing to preserve.
         texts = [fusion.pairs(self, model, concept) for concept in wanted]
         general, domain = fusion.preserved(self, model, wanted, keep, captions)
+        own = examples.at_hand(model, wanted, pictures)
         shown = {c.name: self._examples(model, c, own, seed) for c in wanted}
         digest = examples.examples_digest(shown, captions)
         prior = fusion.prior(self, group, general, domain)
@@ -233,14 +234,12 @@ class MACE(Eraser):
     # -- training ------------------------------------------------------------------------------
 
     def _examples(
-        self, model: DiffusionModel, concept: Concept, own: Mapping[str, Pictures], seed: int
+        self, model: DiffusionModel, concept: Concept, own: Mapping[str, examples.Shown], seed: int
     ) -> tuple[str, Pictures]:
         """Where its pictures come from, and the pictures, each caption naming it by one of its names in turn."""
         names = concept.names if self.erase_phrases else (concept.name,)
         form = fusion.thirty(concept.kind)[0]
-        height, width = (side * model.layout.scale_factor for side in model.latent_shape[1:])
-        files = None if concept.name in own else examples.read_pictures(concept, height, width)
-        origin, found = ("files", files) if files is not None else examples.examples(
+        origin, found = examples.examples(
             model, concept.name, own, count=self.pictures, texts=[form.replace("{}", n) for n in names],
             seed=seed, steps=self.sampling_steps, guidance=self.guidance,
         )  # fmt: skip

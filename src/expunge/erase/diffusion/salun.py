@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from ...concept import Concept, as_concepts, listed
 from ...core import examples, finetune, saliency, scores
+from ...core.examples import Shown
 from ...core.layer_choice import trainable
 from ...core.mentions import exchanged, without
 from ...core.projections import guide_of, kept_texts
@@ -55,8 +56,6 @@ LAYERS = {"full": "full", "xattn": "cross-attention"}
 """The paper's names of the choices of :mod:`expunge.core.layer_choice`."""
 
 TEMPLATE = "an image of {}"
-
-Shown = tuple[str, Pictures]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +119,7 @@ class SalUn(Eraser):
         trainable(model, LAYERS[self.layers])
         guides = [guide_of(concept, self.other) for concept in wanted]
         named = self._named(wanted, guides, kept_texts(keep), pictures)
-        own = self._given(model, [*wanted, *listed(keep)], pictures)
+        own = examples.at_hand(model, [*wanted, *listed(keep)], pictures)
         forget = {c.name: self._forgotten(model, c, own, seed) for c in wanted}
         retain = self._retained(model, wanted, named, own, seed) if self.alpha else {}
         task = _Relabelling(self, model, wanted, forget, retain, seed)
@@ -144,19 +143,6 @@ class SalUn(Eraser):
 
     # -- pictures ------------------------------------------------------------------------------
 
-    def _given(
-        self, model: DiffusionModel, entries: Sequence[Any], data: Mapping[str, Pictures]
-    ) -> dict[str, Shown]:
-        """Pictures that need not be drawn: the user's data, else the files that concepts name."""
-        height, width = (side * model.layout.scale_factor for side in model.latent_shape[1:])
-        found: dict[str, Shown] = {name: ("data", own) for name, own in data.items()}
-        for concept in entries:
-            if isinstance(concept, Concept) and concept.name not in found:
-                read = examples.read_pictures(concept, height, width)
-                if read is not None:
-                    found[concept.name] = "files", read
-        return found
-
     def _shown(
         self,
         model: DiffusionModel,
@@ -166,11 +152,9 @@ class SalUn(Eraser):
         seed: int,
     ) -> Shown:
         """Pictures of the first name, and where they come from; the model is asked by all names in turn."""
-        if names[0] in own:
-            return own[names[0]]
         texts = [TEMPLATE.replace("{}", name) for name in names]
         return examples.examples(
-            model, names[0], {}, count=count, texts=texts, seed=seed, steps=self.sampling_steps,
+            model, names[0], own, count=count, texts=texts, seed=seed, steps=self.sampling_steps,
             guidance=self.guidance,
         )  # fmt: skip
 
